@@ -1,0 +1,1 @@
+"""Accelerators of fixed-point iterations."""

@@ -1,0 +1,52 @@
+"""What an accelerator is: two methods on ``(B, n)`` matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+__all__ = ["Accelerator", "Paired", "Pairing", "Restartable"]
+
+#: A symmetric linear map on the rows of a ``(B, n)`` matrix.
+Pairing = Callable[[Tensor], Tensor]
+
+
+@runtime_checkable
+class Accelerator(Protocol):
+    """Turns a slowly converging iteration v ← F(v) into a fast one.
+
+    Each row is a problem of its own: no row may influence another (use ``torch.where``, never
+    multiplication by a mask, and no reduction over dim 0).
+    """
+
+    def init(self, v: Tensor) -> Any:
+        """The state before the first step, for ``v`` of shape ``(B, n)``."""
+        ...
+
+    def step(self, state: Any, v: Tensor, Fv: Tensor) -> tuple[Tensor, Any]:
+        """The next iterate, ``(B, n)``, and the next state, given v and F(v)."""
+        ...
+
+
+@runtime_checkable
+class Restartable(Protocol):
+    """An accelerator that can forget the history of some of its problems."""
+
+    def restart(self, state: Any, mask: Tensor) -> Any:
+        """The state with the history of the problems in ``mask``, ``(B,)``, forgotten."""
+        ...
+
+
+@runtime_checkable
+class Paired(Protocol):
+    """An accelerator that makes use of the symmetry of the system it solves.
+
+    With r = F(v) − v, ⟨dv_i, pairing(dr_j)⟩ is symmetric in i and j up to the curvature of F: a
+    difference that breaks the symmetry is out of date.
+    """
+
+    def init_paired(self, v: Tensor, pairing: Pairing) -> Any:
+        """Like ``init``, with the pairing to use from now on."""
+        ...

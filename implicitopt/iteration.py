@@ -1,0 +1,205 @@
+"""The loop all solvers share: sweep, record, stop, step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from implicitopt.kkt import KKT, Point, Residuals, Sweep
+from implicitopt.select import Candidate, Kept, Rule
+from implicitopt.solution import History, Status
+
+__all__ = ["Outcome", "Progress", "Solver", "iterate"]
+
+#: Steps between looks at whether every problem has finished: each look waits for the device.
+CHECK_EVERY = 5
+#: A problem is stalled when, for this many steps, neither residual nor loss improved notably.
+PATIENCE = 60
+#: Returns to the best iterate, with a smaller step, before a non-finite problem is given up.
+RETRIES = 4
+
+
+class Solver(Protocol):
+    """One way to move a batch of problems towards a root of the KKT system."""
+
+    def init(self, kkt: KKT, start: Point) -> tuple[Point, Any]:
+        """The point of the first sweep and the state before the first step."""
+        ...
+
+    def step(self, kkt: KKT, point: Point, sweep: Sweep, state: Any) -> tuple[Point, Any]:
+        """The next point, from the sweep made at this one. No problem may affect another."""
+        ...
+
+    def restart(self, state: Any, mask: Tensor) -> Any:
+        """Forget the history of the problems in ``mask`` and take smaller steps from now on."""
+        ...
+
+
+class Progress(NamedTuple):
+    """What a callback sees after each sweep; reading its tensors waits for the device."""
+
+    step: int
+    value: Tensor  #: loss, ``(B,)``
+    residuals: Residuals
+    active: Tensor  #: problems still moving, ``(B,)``
+
+
+class Outcome(NamedTuple):
+    """What the loop found, on matrices."""
+
+    point: Point
+    value: Tensor
+    residuals: Residuals
+    status: Tensor
+    steps: Tensor
+    history: History | None
+    drawn: tuple[Tensor, Tensor] | None
+
+
+def iterate(
+    kkt: KKT,
+    solver: Solver,
+    start: Point,
+    *,
+    max_steps: int,
+    tol: float,
+    rule: Rule,
+    callback: Callable[[Progress], object] | None = None,
+    history: bool = False,
+    sample_iterate: bool = False,
+) -> Outcome:
+    """Run ``solver`` from ``start`` until every problem is finished or ``max_steps`` are made."""
+    point, state = solver.init(kkt, start)
+    record = _Record(kkt, point, tol=tol, rule=rule, history=history, sample=sample_iterate)
+    for step in range(max_steps):
+        sweep = kkt.sweep(point)
+        residuals = kkt.residuals(point, sweep)
+        lost = record.observe(step, point, sweep, residuals)
+        if callback is not None:
+            shown = sweep.value * kkt.sign
+            stop = callback(Progress(step, shown, residuals, record.active))
+            if stop is True:
+                break
+        last = step + 1 == max_steps
+        if last or ((step + 1) % CHECK_EVERY == 0 and not bool(record.active.any())):
+            break
+        moved, state = solver.step(kkt, point, sweep, state)
+        state = solver.restart(state, lost)
+        point = _where(record.active, moved, point)
+        point = _where(lost, record.point, point)
+    return record.outcome()
+
+
+def _where(mask: Tensor, new: Point, old: Point) -> Point:
+    return Point(*(torch.where(mask[:, None], a, b) for a, b in zip(new, old, strict=True)))
+
+
+class _Record:
+    """What is kept of a run, per problem."""
+
+    def __init__(
+        self, kkt: KKT, start: Point, *, tol: float, rule: Rule, history: bool, sample: bool
+    ) -> None:
+        rows, like = start.x.shape[0], start.x
+        wide = torch.float32 if like.dtype in (torch.float16, torch.bfloat16) else like.dtype
+
+        def full(value: float, dtype: torch.dtype = wide) -> Tensor:
+            return torch.full((rows,), value, dtype=dtype, device=like.device)
+
+        inf = float("inf")
+        self.kkt, self.tol, self.rule = kkt, tol, rule
+        self.point = start
+        self.value = full(float("nan"), like.dtype)
+        self.residuals = Residuals(full(inf), full(inf), full(inf))
+        self.kept = Kept(full(inf), full(inf), full(inf), full(inf), full(inf))
+        self.active = full(1, torch.bool)
+        self.status = full(Status.MAX_STEPS, torch.int64)
+        self.steps = full(0, torch.int64)
+        self.failures = full(0, torch.int64)
+        self.mark, self.mark_score = full(inf), full(inf)  # what STALLED compares with
+        self.since = full(0, torch.int64)
+        self.history: list[tuple[Tensor, Residuals]] | None = [] if history else None
+        self.drawn = (start.z, start.x) if sample else None
+
+    def observe(self, step: int, point: Point, sweep: Sweep, residuals: Residuals) -> Tensor:
+        """Take in one sweep; returns the problems that became non-finite and may be retried."""
+        value, total = sweep.value, residuals.total
+        finite = torch.isfinite(total) & torch.isfinite(value)
+        running = self.active & finite
+        reached = running & (total <= self.tol)
+        slack = (point.mu * (sweep.f - point.z)).sum(dim=1).abs()
+        candidate = Candidate(step, value.to(total.dtype), slack.to(total.dtype), residuals)
+        keep = running & (self.rule(candidate, self.kept) | reached)
+        self._keep(keep, point, value, candidate)
+        self.steps = self.steps + self.active
+
+        failed = self.active & ~finite
+        self.failures = self.failures + failed
+        hopeless = failed & ((self.failures > RETRIES) | ~torch.isfinite(self.kept.residual))
+        stalled = self._stalled(candidate, running) & ~reached
+        if self.drawn is not None:
+            self._draw(running, point)
+        for mask, status in (
+            (reached, Status.CONVERGED), (stalled, Status.STALLED), (hopeless, Status.NONFINITE)
+        ):
+            self.status = torch.where(mask, torch.full_like(self.status, status), self.status)
+        self.active = self.active & ~(reached | stalled | hopeless)
+        if self.history is not None:
+            self.history.append((value * self.kkt.sign, residuals))
+        return failed & ~hopeless
+
+    def _keep(self, keep: Tensor, point: Point, value: Tensor, new: Candidate) -> None:
+        def pick(a: Tensor, b: Tensor) -> Tensor:
+            return torch.where(keep, a, b)
+
+        kept, total = self.kept, new.residuals.total
+        self.point = _where(keep, point, self.point)
+        self.value = pick(value, self.value)
+        self.residuals = Residuals(*map(pick, new.residuals, self.residuals))
+        seen = torch.where(torch.isfinite(total), total, kept.lowest_residual)
+        self.kept = Kept(
+            value=pick(new.value, kept.value),
+            residual=pick(total, kept.residual),
+            state_residual=pick(new.residuals.z, kept.state_residual),
+            lowest_score=torch.minimum(
+                kept.lowest_score, pick(new.value + new.slack, kept.lowest_score)
+            ),
+            lowest_residual=torch.minimum(kept.lowest_residual, seen),
+        )
+
+    def _stalled(self, new: Candidate, running: Tensor) -> Tensor:
+        total, score = new.residuals.total, self.kept.lowest_score
+        fell = score < self.mark_score - 1e-4 * (1e-8 + self.mark_score.abs())
+        fell = fell | ~torch.isfinite(self.mark_score)
+        improved = (total < 0.9 * self.mark) | fell
+        self.mark = torch.where(improved, torch.minimum(total, self.mark), self.mark)
+        self.mark_score = torch.where(improved, score, self.mark_score)
+        self.since = torch.where(improved, torch.zeros_like(self.since), self.since + 1)
+        return running & (self.since >= PATIENCE)
+
+    def _draw(self, running: Tensor, point: Point) -> None:
+        """Reservoir sampling: step t replaces the draw with probability 1/t."""
+        assert self.drawn is not None
+        chance = torch.rand(running.shape, device=running.device, dtype=torch.float64)
+        take = (running & (chance * self.steps < 1))[:, None]
+        z, x = self.drawn
+        self.drawn = (torch.where(take, point.z, z), torch.where(take, point.x, x))
+
+    def outcome(self) -> Outcome:
+        history = None
+        if self.history is not None:
+            values, residuals = zip(*self.history, strict=True)
+            history = History(
+                torch.stack(values), Residuals(*map(torch.stack, zip(*residuals, strict=True)))
+            )
+        status = torch.where(
+            torch.isfinite(self.kept.residual),
+            self.status,
+            torch.full_like(self.status, Status.NONFINITE),
+        )
+        return Outcome(
+            self.point, self.value, self.residuals, status, self.steps, history, self.drawn
+        )

@@ -1,0 +1,144 @@
+"""The augmented system: the stationarity conditions of problem (P), each equation once.
+
+With the Lagrangian  L(z, μ, x) = ℓ(z, x) + μᵀ(f(z, x) − z)  [JIIO eq. 13], a solution of
+
+    minimize over x   ℓ(z, x)   subject to   z = f(z, x),  x ∈ C
+
+is a fixed point of the augmented map [eq. 9-11]
+
+    z⁺ = f(z, x)                                     (∇_μ L = z⁺ − z)
+    μ⁺ = (∂f/∂z)ᵀ μ + (∂ℓ/∂z)ᵀ                       (∇_z L = μ⁺ − μ)
+    x⁺ = P_C( x − α g ),  g = (∂f/∂x)ᵀ μ + (∂ℓ/∂x)ᵀ   (∇_x L = g)
+
+One `torch.func.vjp` of f gives f, (∂f/∂z)ᵀμ and (∂f/∂x)ᵀμ together; with the loss's gradient that
+is one *sweep*, the unit of work everywhere in this library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from implicitopt.tree import Layout, Tree
+
+__all__ = ["KKT", "Point", "Residuals", "Sweep", "Work", "norm"]
+
+
+class Point(NamedTuple):
+    """State z and adjoint μ, both ``(B, n)``, and input x, ``(B, d)``."""
+
+    z: Tensor
+    mu: Tensor
+    x: Tensor
+
+
+class Sweep(NamedTuple):
+    """What one sweep at a :class:`Point` finds."""
+
+    f: Tensor  #: f(z, x), ``(B, n)``
+    mu: Tensor  #: (∂f/∂z)ᵀ μ + (∂ℓ/∂z)ᵀ, ``(B, n)``
+    grad: Tensor  #: ∇ₓL, ``(B, d)``
+    value: Tensor  #: ℓ(z, x), ``(B,)``
+
+
+class Residuals(NamedTuple):
+    """Per-problem norms of the three KKT blocks, each over 1 + ‖(z, μ, x)‖.
+
+    The root of their sum of squares is the relative KKT residual that ``tol`` bounds.
+    """
+
+    z: Tensor  #: ‖f(z, x) − z‖
+    mu: Tensor  #: ‖(∂f/∂z)ᵀ μ + (∂ℓ/∂z)ᵀ − μ‖
+    x: Tensor  #: ‖x − P_C(x − ∇ₓL)‖
+
+    @property
+    def total(self) -> Tensor:
+        """The relative KKT residual, one number per problem."""
+        return torch.sqrt(self.z**2 + self.mu**2 + self.x**2)
+
+
+@dataclass
+class Work:
+    """Calls made so far, each over the whole batch."""
+
+    f: int = 0  #: evaluations of f
+    vjp: int = 0  #: products with (∂f/∂(z, x))ᵀ
+    loss: int = 0  #: evaluations of the loss with its gradient
+
+
+def norm(rows: Tensor) -> Tensor:
+    """Euclidean norm of each row, in at least float32; ``(B, n) -> (B,)``."""
+    wide = torch.float32 if rows.dtype in (torch.float16, torch.bfloat16) else None
+    return torch.linalg.vector_norm(rows, dim=1, dtype=wide)
+
+
+@dataclass
+class KKT:
+    """The augmented system of a batch of problems, on matrices with a row per problem."""
+
+    f: Callable[[Tree, Tree], Tree]
+    loss: Callable[[Tree, Tree], Tensor]
+    z_layout: Layout
+    x_layout: Layout
+    project: Callable[[Tensor], Tensor] | None = None  # on (B, d); None: C is everything
+    sign: float = 1.0  # −1 to maximize: everything inside is the minimization of −ℓ
+    work: Work = field(default_factory=Work)
+
+    def state_map(self, z: Tensor, x: Tensor) -> Tensor:
+        """f on matrices: ``(B, n), (B, d) -> (B, n)``."""
+        image = self.f(self.z_layout.unflatten(z), self.x_layout.unflatten(x))
+        return self.z_layout.flatten(image).to(z.dtype)
+
+    def objective(self, z: Tensor, x: Tensor) -> Tensor:
+        """±ℓ on matrices: ``(B, n), (B, d) -> (B,)``."""
+        value = self.loss(self.z_layout.unflatten(z), self.x_layout.unflatten(x))
+        return self.sign * value.reshape(z.shape[0]).to(z.dtype)
+
+    def lagrangian(self, point: Point) -> Tensor:
+        """L(z, μ, x), eq. 13; ``(B,)``, differentiable in the point and all that f and ℓ read."""
+        z, mu, x = point
+        return self.objective(z, x) + (mu * (self.state_map(z, x) - z)).sum(dim=1)
+
+    def sweep(self, point: Point) -> Sweep:
+        """One evaluation of the augmented map's ingredients, eq. 9-11."""
+        z, mu, x = point
+        image, f_vjp = torch.func.vjp(self.state_map, z, x)
+        f_z, f_x = f_vjp(mu)
+        value, loss_vjp = torch.func.vjp(self.objective, z, x)
+        loss_z, loss_x = loss_vjp(torch.ones_like(value))
+        self.work.f += 1
+        self.work.vjp += 1
+        self.work.loss += 1
+        return Sweep(image, f_z + loss_z, f_x + loss_x, value)
+
+    def constrain(self, x: Tensor) -> Tensor:
+        """P_C(x)."""
+        return x if self.project is None else self.project(x)
+
+    def residuals(self, point: Point, sweep: Sweep) -> Residuals:
+        """Relative norms of the KKT blocks, eq. 14."""
+        z, mu, x = point
+        stationarity = x - self.constrain(x - sweep.grad)
+        scale = 1 + torch.sqrt(norm(z) ** 2 + norm(mu) ** 2 + norm(x) ** 2)
+        blocks = (sweep.f - z, sweep.mu - mu, stationarity)
+        return Residuals(*(norm(block) / scale for block in blocks))
+
+    def gradient(self, point: Point) -> Point:
+        """The KKT map ∇L as a differentiable function of the point and of everything f and ℓ read.
+
+        Blocks in the order (∇_z L, ∇_μ L, ∇_x L), so that its Jacobian, the Hessian of L, is
+        symmetric. With a constraint the last block is x − P_C(x − ∇_x L), and it is not.
+        """
+        with torch.enable_grad():
+            z, mu, x = (block if block.requires_grad else block.requires_grad_() for block in point)
+            total = self.lagrangian(Point(z, mu, x)).sum()
+            grad_z, grad_mu, grad_x = torch.autograd.grad(
+                total, (z, mu, x), create_graph=True, materialize_grads=True
+            )
+            if self.project is not None:
+                grad_x = x - self.project(x - grad_x)
+            return Point(grad_z, grad_mu, grad_x)

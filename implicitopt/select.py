@@ -1,0 +1,93 @@
+"""Which iterate of a solve is returned: rules, one decision per problem and step.
+
+A rule is called at every step with what the step found and what is kept so far, and says for each
+problem whether to keep the new iterate instead. Whatever the rule, a non-finite iterate is never
+kept and one that meets the tolerance always is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from implicitopt.kkt import Residuals
+
+__all__ = ["RULES", "Best", "Candidate", "Kept", "Last", "PaperRule", "Rule"]
+
+
+class Candidate(NamedTuple):
+    """One step's iterates, all ``(B,)``; values are of the minimization (−ℓ when maximizing)."""
+
+    step: int  #: from 0
+    value: Tensor  #: loss
+    slack: Tensor  #: |μᵀ(f(z, x) − z)|: what the state's residual hides of the loss, to first order
+    residuals: Residuals
+
+
+class Kept(NamedTuple):
+    """What is kept so far, all ``(B,)``; infinite before anything is kept."""
+
+    value: Tensor  #: loss of the iterate kept
+    residual: Tensor  #: its relative KKT residual
+    state_residual: Tensor  #: its relative state residual
+    lowest_score: Tensor  #: lowest value + slack of the iterates kept so far
+    lowest_residual: Tensor  #: lowest relative KKT residual of all iterates seen
+
+
+Rule = Callable[[Candidate, Kept], Tensor]
+
+
+@dataclass(frozen=True)
+class Last:
+    """Keep the newest finite iterate."""
+
+    def __call__(self, new: Candidate, kept: Kept) -> Tensor:
+        return torch.ones_like(new.value, dtype=torch.bool)
+
+
+@dataclass(frozen=True)
+class Best:
+    """Keep the lowest loss among iterates whose state residual is at most ``small``.
+
+    An iterate off the equilibrium may show any loss, so losses compare with the slack
+    |μᵀ(f − z)| added. Until a state residual is small the smallest one is kept; among losses equal
+    to rounding, the smallest KKT residual.
+    """
+
+    small: float = 1e-2
+
+    def __post_init__(self) -> None:
+        if not self.small > 0:
+            raise ValueError(f"Best(small=...) must be positive; got {self.small}")
+
+    def __call__(self, new: Candidate, kept: Kept) -> Tensor:
+        score = new.value + new.slack
+        rounding = torch.finfo(score.dtype).eps ** 0.75 * (1 + new.value.abs())
+        tie = (score - kept.lowest_score).abs() <= rounding
+        better = torch.where(
+            tie, new.residuals.total < kept.residual, score < kept.lowest_score
+        )
+        feasible, was_feasible = new.residuals.z <= self.small, kept.state_residual <= self.small
+        nearer = new.residuals.z < kept.state_residual
+        return torch.where(was_feasible, feasible & better, feasible | nearer)
+
+
+@dataclass(frozen=True)
+class PaperRule:
+    """The rule of the JIIO authors' code.
+
+    Keep an iterate if its relative residual is the best so far, or it is among the first ten, or
+    its loss is below that of the last one kept while its residual is within 1.3 of the best.
+    """
+
+    def __call__(self, new: Candidate, kept: Kept) -> Tensor:
+        residual = new.residuals.total
+        lower = (new.value < kept.value) & (residual <= 1.3 * kept.lowest_residual)
+        return (residual <= kept.lowest_residual) | lower | (new.step < 10)
+
+
+RULES: dict[str, Rule] = {"best": Best(), "last": Last(), "paper": PaperRule()}

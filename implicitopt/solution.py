@@ -1,0 +1,141 @@
+"""What a solve returns."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from implicitopt.kkt import Residuals, Work
+from implicitopt.tree import Tree
+
+__all__ = ["AdjointReport", "History", "Solution", "SolveError", "Status"]
+
+
+class Status(IntEnum):
+    """How one problem of a batch ended."""
+
+    CONVERGED = 0
+    MAX_STEPS = 1
+    STALLED = 2
+    NONFINITE = 3
+
+    @property
+    def advice(self) -> str:
+        """What happened and what to do about it."""
+        return _ADVICE[self]
+
+
+_ADVICE = {
+    Status.CONVERGED: "the relative KKT residual is at most tol",
+    Status.MAX_STEPS: "max_steps ran out first; raise max_steps, or loosen tol",
+    Status.STALLED: (
+        "neither the loss nor the KKT residual improved for many steps; loosen tol, use float64, "
+        "or run implicitopt.check(f, loss, x0, z0)"
+    ),
+    Status.NONFINITE: (
+        "f, the loss or a derivative became NaN or infinite; look at this problem's data, start "
+        "nearer to a solution, or constrain x with project="
+    ),
+}
+
+
+class SolveError(RuntimeError):
+    """Raised on request when problems did not converge; ``solution`` holds what was found."""
+
+    def __init__(self, message: str, solution: Any) -> None:
+        super().__init__(message)
+        self.solution = solution
+
+
+@dataclass
+class AdjointReport:
+    """How the linear solves of the last backward pass through a solution went.
+
+    Every field is ``None`` until ``.backward()`` has run.
+    """
+
+    status: Tensor | None = None  #: `Status` per problem, ``(B,)``
+    residual: Tensor | None = None  #: true relative residual ‖Hw − c‖ / ‖c‖, ``(B,)``
+    steps: Tensor | None = None  #: Krylov iterations per problem, ``(B,)``
+    products: int = 0  #: Jacobian products over all backward passes so far
+
+
+@dataclass(frozen=True)
+class History:
+    """Per-step records, each ``(steps, B)``; a problem's entries repeat once it has finished."""
+
+    value: Tensor
+    residuals: Residuals
+
+
+@dataclass(frozen=True, repr=False)
+class Solution:
+    """The result of :func:`implicitopt.solve`.
+
+    ``x``, ``z`` and ``mu`` are shaped as ``x0`` and ``z0``; per-problem fields are shaped as
+    ``loss`` returns its value, ``(B,)`` or ``()``.
+    """
+
+    x: Tree  #: the input found
+    z: Tree  #: the state, z ≈ f(z, x)
+    mu: Tree  #: the adjoint of the loss as given: μ ≈ (∂f/∂z)ᵀ μ + (∂ℓ/∂z)ᵀ
+    value: Tensor  #: ℓ(z, x), carrying the envelope gradient
+    status: Tensor  #: `Status` as int64
+    residuals: Residuals  #: relative norms of the KKT blocks at the solution
+    steps: Tensor  #: steps made while the problem was active
+    sweeps: Work  #: evaluations of f, of its vjp and of the loss, each over the batch
+    tol: float  #: the tolerance that was asked for
+    history: History | None = None
+    iterate: tuple[Tree, Tree] | None = None  #: (z, x) drawn uniformly from the trajectory
+    adjoint: AdjointReport = field(default_factory=AdjointReport)
+
+    @property
+    def converged(self) -> Tensor:
+        """Which problems reached ``tol``."""
+        return self.status == Status.CONVERGED
+
+    def raise_if_failed(self) -> Solution:
+        """Return self if every problem converged, else raise :class:`SolveError`.
+
+        >>> import torch, implicitopt
+        >>> sol = implicitopt.solve(
+        ...     lambda z, x: 0.5 * z + x, lambda z, x: ((z - 1) ** 2).sum(-1), torch.zeros(2, 3)
+        ... )
+        >>> sol.raise_if_failed() is sol
+        True
+        """
+        status = self.status.reshape(-1).tolist()
+        if all(code == Status.CONVERGED for code in status):
+            return self
+        residual = self.residuals.total.reshape(-1).tolist()
+        failed = [(i, Status(code)) for i, code in enumerate(status) if code]
+        listed = ", ".join(f"{i}: {code.name} ({residual[i]:.1e})" for i, code in failed[:10])
+        more = f", and {len(failed) - 10} more" if len(failed) > 10 else ""
+        advice = "; ".join(f"{code.name}: {code.advice}" for code in sorted({c for _, c in failed}))
+        raise SolveError(
+            f"{len(failed)} of {len(status)} problems did not reach the relative KKT residual "
+            f"tol={self.tol:g}. By problem, with its residual: {listed}{more}. {advice}.",
+            self,
+        )
+
+    def __repr__(self) -> str:
+        counts = Counter(Status(code).name for code in self.status.reshape(-1).tolist())
+        states = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
+        if self.status.numel() == 0:
+            return "Solution(no problems)"
+        value = self.value.detach()
+        return (
+            f"Solution({states}; value {value.mean().item():.4g}, "
+            f"KKT residual {self.residuals.total.max().item():.1e} at worst, "
+            f"steps {self.steps.max().item()}, sweeps {self.sweeps.vjp})"
+        )
+
+
+def failed(status: Tensor) -> Tensor:
+    """Which problems have no finite solution to differentiate at."""
+    return status == torch.full_like(status, Status.NONFINITE)

@@ -1,0 +1,159 @@
+"""The paper's method: state, adjoint and input as one fixed point, accelerated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from implicitopt.accelerators.anderson import Anderson
+from implicitopt.accelerators.protocol import Accelerator, Paired, Restartable
+from implicitopt.kkt import KKT, Point, Sweep, norm
+
+__all__ = ["Joint", "StepSizes"]
+
+#: Plain steps at the start, in which the step size in x is fitted to the curvature of L.
+WARMUP = 4
+
+
+@dataclass(frozen=True)
+class StepSizes:
+    """The damping of the augmented iteration (JIIO eq. 11).
+
+        z⁺ = z + α_z (f − z),   μ⁺ = μ + α_μ (μ⁺ − μ),   x⁺ = P_C(x − α_x ∇ₓL)
+
+    Args:
+        z, mu: α_z and α_μ in (0, 1].
+        x: α_x > 0, a number, or a schedule ``step -> α_x``. None: for each problem the inverse of
+            the curvature of L in x, measured over the first sweeps.
+
+    >>> StepSizes(z=0.8, mu=0.6, x=lambda step: 0.6 if step < 30 else 0.2)  # doctest: +ELLIPSIS
+    StepSizes(z=0.8, mu=0.6, x=<function <lambda> at ...>)
+    """
+
+    z: float = 1.0
+    mu: float = 1.0
+    x: float | Callable[[int], float] | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("z", self.z), ("mu", self.mu)):
+            if not isinstance(value, (int, float)) or not 0 < value <= 1:
+                raise ValueError(f"StepSizes({name}=...) must lie in (0, 1]; got {value!r}")
+        if self.x is not None and not callable(self.x) and not self.x > 0:
+            raise ValueError(f"StepSizes(x=...) must be positive; got {self.x!r}")
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Iterate z, μ and x at once, one sweep a step, with an accelerator (the default solver).
+
+    Args:
+        accelerator: ``Anderson(...)``, ``Broyden(...)``, ``Picard(...)`` or your own, on the
+            ``(B, 2n + d)`` matrix of the blocks z, μ and x side by side.
+        steps: the damping of the three blocks.
+
+    With a constraint x is projected in the iteration and again after the accelerator's mixing,
+    which would leave C. A problem that becomes non-finite goes back to its best iterate with a
+    quarter of its step size and no history.
+
+    Source: JIIO, algorithm 1 and eq. 9-11.
+
+    >>> import torch, implicitopt
+    >>> sol = implicitopt.solve(
+    ...     lambda z, x: torch.tanh(0.5 * z + x), lambda z, x: ((z - 0.3) ** 2).sum(-1),
+    ...     torch.zeros(2, 3), solver=implicitopt.Joint(implicitopt.Anderson("II", memory=10)),
+    ... )
+    >>> sol.converged.tolist()
+    [True, True]
+    """
+
+    accelerator: Accelerator = field(default_factory=Anderson)
+    steps: StepSizes = field(default_factory=StepSizes)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.accelerator, type) or not isinstance(self.accelerator, Accelerator):
+            raise TypeError(
+                "Joint(accelerator=...) must have the methods init(v) and step(state, v, Fv); got "
+                f"{self.accelerator!r}."
+            )
+        if not isinstance(self.steps, StepSizes):
+            raise TypeError(f"Joint(steps=...) must be StepSizes(...); got {self.steps!r}.")
+
+    def init(self, kkt: KKT, start: Point) -> tuple[Point, JointState]:
+        alpha = torch.ones_like(start.x[:, :1])
+        state = JointState(kkt, alpha, start.z.shape[1])
+        v = torch.cat(start, dim=1)
+        # The pairing is symmetric, and exact, for equal damping of z and μ and no constraint.
+        if kkt.project is None and self.steps.z == self.steps.mu and _is(self.accelerator, Paired):
+            state.inner = self.accelerator.init_paired(v, state.pairing)  # type: ignore[attr-defined]
+        else:
+            state.inner = self.accelerator.init(v)
+        return start, state
+
+    def step(
+        self, kkt: KKT, point: Point, sweep: Sweep, state: JointState
+    ) -> tuple[Point, JointState]:
+        warming = self.steps.x is None and state.count < WARMUP
+        if warming:
+            state.fit_alpha(point, sweep)
+        elif self.steps.x is not None:
+            alpha = self.steps.x(state.count) if callable(self.steps.x) else self.steps.x
+            state.alpha = state.shrink * alpha
+        state.count += 1
+        z, mu, x = point
+        z_next = z + self.steps.z * (sweep.f - z)
+        mu_next = mu + self.steps.mu * (sweep.mu - mu)
+        x_next = kkt.constrain(x - state.alpha * sweep.grad)
+        if warming:
+            return Point(z_next, mu_next, x_next), state
+        v, Fv = torch.cat(point, dim=1), torch.cat((z_next, mu_next, x_next), dim=1)
+        mixed, state.inner = self.accelerator.step(state.inner, v, Fv)
+        z_next, mu_next, x_next = mixed.split([z.shape[1], z.shape[1], x.shape[1]], dim=1)
+        return Point(z_next, mu_next, kkt.constrain(x_next)), state
+
+    def restart(self, state: JointState, mask: Tensor) -> JointState:
+        quarter = torch.where(mask[:, None], 0.25, 1.0).to(state.alpha.dtype)
+        state.shrink, state.alpha = state.shrink * quarter, state.alpha * quarter
+        if _is(self.accelerator, Restartable):
+            state.inner = self.accelerator.restart(state.inner, mask)  # type: ignore[attr-defined]
+        return state
+
+
+def _is(accelerator: Accelerator, kind: type) -> bool:
+    return isinstance(accelerator, kind)
+
+
+@dataclass
+class JointState:
+    """Step sizes in x, ``(B, 1)``, and the accelerator's state."""
+
+    kkt: KKT
+    alpha: Tensor
+    n: int
+    inner: Any = None
+    count: int = 0
+    last: tuple[Tensor, Tensor] | None = None
+    shrink: Tensor | float = 1.0
+
+    def fit_alpha(self, point: Point, sweep: Sweep) -> None:
+        """α_x = ‖dx‖ / ‖dg‖ of the last step, and a step of at most 1 + ‖x‖."""
+        x, g = point.x, sweep.grad
+        if self.last is not None:
+            dx, dg = norm(x - self.last[0]), norm(g - self.last[1])
+            seen = (dx > 0) & (dg > 0) & torch.isfinite(dg)
+            ratio = torch.where(seen, dx, 1.0) / torch.where(seen, dg, 1.0)
+            ratio = ratio.clamp(1e-4, 10.0)[:, None].to(self.alpha.dtype)
+            self.alpha = torch.where(seen[:, None], ratio, self.alpha)
+        self.last = (x, g)
+        size = norm(g)
+        positive = (size > 0) & torch.isfinite(size)
+        longest = torch.where(positive, (1 + norm(x)) / torch.where(positive, size, 1.0), 10.0)
+        self.alpha = torch.minimum(self.alpha, longest[:, None].to(self.alpha.dtype))
+
+    def pairing(self, rows: Tensor) -> Tensor:
+        """Swaps the z and μ blocks and divides the x block by −α_x."""
+        z, mu, x = rows.split([self.n, self.n, rows.shape[1] - 2 * self.n], dim=1)
+        return torch.cat((mu, z, -x / self.alpha), dim=1)

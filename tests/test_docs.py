@@ -1,0 +1,51 @@
+"""Every Python block of the README and the docs runs as written.
+
+A file's blocks run in order in one namespace, so a later block may use what an earlier one
+defined. A fence that says ``notest`` after ``python`` is left out.
+"""
+
+import re
+from pathlib import Path
+
+import matplotlib
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+FENCE = re.compile(r"^```python(?P<options>[^\n]*)\n(?P<code>.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def python_blocks(text: str) -> list[str]:
+    """The blocks to run, each after as many empty lines as stand above it in the text."""
+    return [
+        "\n" * text.count("\n", 0, match.start("code")) + match["code"]
+        for match in FENCE.finditer(text)
+        if "notest" not in match["options"]
+    ]
+
+
+PAGES = [
+    page
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md")))
+    if python_blocks(page.read_text(encoding="utf-8"))
+]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_python_blocks_run(page, tmp_path, monkeypatch):
+    matplotlib.use("Agg")
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "__docs__"}
+    with torch.random.fork_rng(devices=[]):
+        for block in python_blocks(page.read_text(encoding="utf-8")):
+            # The empty lines in front make a traceback name the page's own line.
+            exec(compile(block, str(page), "exec"), namespace)
+
+
+def test_a_block_keeps_its_line_number_and_notest_is_left_out():
+    text = "# title\n\n```python\nx = 1\n```\n\n```python notest\nx = 2\n```\n\n```text\nx\n```\n"
+    assert python_blocks(text) == ["\n\n\nx = 1\n"]
+
+
+def test_the_readme_has_an_example():
+    assert ROOT / "README.md" in PAGES
