@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from implicitopt.accelerators.anderson import Anderson
-from implicitopt.accelerators.protocol import Accelerator
+from implicitopt.accelerators.protocol import Accelerator, check_accelerator
 from implicitopt.adjoint.implicit import LinearOptions, attach_root
 from implicitopt.inputs import (
     check_finite,
@@ -19,11 +19,12 @@ from implicitopt.inputs import (
     detached,
     initial_state,
     same_kind,
+    shapes,
     tensors,
 )
 from implicitopt.kkt import norm
 from implicitopt.solution import AdjointReport
-from implicitopt.tree import Layout, Tree
+from implicitopt.tree import Layout, Tree, leaves
 
 __all__ = ["ConvergenceWarning", "fixed_point", "picard_to_rest"]
 
@@ -81,8 +82,8 @@ def fixed_point(
 ) -> Tree:
     """The state z with z = f(z, x), differentiable in x and in everything f closes over.
 
-    The gradient is that of the implicit function theorem, dz = (I − ∂f/∂z)⁻¹ (∂f/∂θ) dθ, right to
-    every order, whatever the forward iteration did.
+    The gradient is that of the implicit function theorem, dz = (I − ∂f/∂z)⁻¹ (∂f/∂θ) dθ, whatever
+    the forward iteration did. Second derivatives are right too; third ones raise.
 
     Args:
         f: the fixed-point map, ``f(z, x) -> z``, on tensors or pytrees of tensors.
@@ -118,10 +119,7 @@ def fixed_point(
     if not callable(f):
         raise TypeError(f"f must be callable as f(z, x); got {f!r}.")
     accelerator = Anderson("II") if accelerator is None else accelerator
-    if isinstance(accelerator, type) or not isinstance(accelerator, Accelerator):
-        raise TypeError(
-            f"accelerator must have the methods init(v) and step(state, v, Fv); got {accelerator!r}."
-        )
+    check_accelerator("accelerator", accelerator)
     check_option("max_steps", max_steps, int, least=1)
     check_option("batched", batched, bool)
     if tol is not None:
@@ -133,6 +131,11 @@ def fixed_point(
     z0 = initial_state(f, constant, z0)
     same_kind("z0", z0, "x", first)
     check_finite("z0", z0)
+    if batched and len({leaf.shape[0] if leaf.dim() else -1 for leaf in leaves(z0)} | {-1}) != 2:
+        raise ValueError(
+            "dim 0 of every leaf of z0 must be the batch of problems, of one size; got "
+            f"{shapes(z0)}. Pass batched=False if all of z is one problem."
+        )
     layout = Layout.of(z0, batched=batched)
     start = layout.flatten(check_map(f, z0, constant)).to(first.dtype)
     tol = default_tol(first.dtype) if tol is None else float(tol)
@@ -153,7 +156,5 @@ def fixed_point(
             stacklevel=2,
         )
     if torch.is_grad_enabled():
-        z = attach_root(
-            lambda z: image(z, x) - z, z, options, AdjointReport(), symmetric=False
-        )
+        z = attach_root(lambda z: image(z, x) - z, z, options, AdjointReport(), symmetric=False)
     return layout.unflatten(z)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -12,33 +13,62 @@ from torch.utils import _pytree as pytree
 from implicitopt.projections import Box, L2Ball, LinfBall, Simplex
 from implicitopt.tree import Layout, Tree, leaves
 
-__all__ = ["check_finite", "check_map", "check_option", "check_projection", "initial_state", "problem_count", "tensors"]
+__all__ = [
+    "check_finite",
+    "check_map",
+    "check_option",
+    "check_projection",
+    "check_warm_start",
+    "detached",
+    "initial_state",
+    "one_layout",
+    "problem_count",
+    "same_kind",
+    "shapes",
+    "tensors",
+]
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_option(name: str, value: Any, kind: type, *, least: float | None = None) -> None:
     """``value`` must be a ``kind`` (an int will do for a float), and at least ``least``."""
-    numeric = (int, float) if kind is float else kind
+    numeric: Any = {int: Integral, float: Real}.get(kind, kind)
+    article = "an" if kind is int else "a"
+    bound = "" if least is None else f" of at least {least}"
+    message = (
+        f"{name} must be {article} {kind.__name__}{bound}; got {value!r}. "
+        f"Pass {name}=... of that kind, or leave it out for the default."
+    )
     if not isinstance(value, numeric) or (isinstance(value, bool) and kind is not bool):
-        raise TypeError(f"{name} must be a {kind.__name__}; got {value!r}")
-    if least is not None and not value >= least:
-        raise ValueError(f"{name} must be at least {least}; got {value!r}")
+        raise TypeError(message)
+    if least is not None and not value >= least:  # so that NaN is refused too
+        raise ValueError(message)
 
 
 def tensors(name: str, tree: Tree) -> list[Tensor]:
-    """The leaves of ``tree``: floating-point tensors of one dtype on one device."""
+    """The leaves of ``tree``: floating-point tensors of one dtype on one device, not all empty."""
     found = leaves(tree)
     if not found:
-        raise ValueError(f"{name} must hold at least one tensor; got {tree!r}")
+        raise ValueError(
+            f"{name} must hold at least one tensor; got {tree!r}. Pass a tensor, or a pytree of "
+            f"tensors."
+        )
     for leaf in found:
         if not isinstance(leaf, Tensor):
             raise TypeError(
                 f"{name} must be a tensor or a pytree of tensors; got a leaf of type "
-                f"{type(leaf).__name__}. Wrap numbers with torch.tensor(...)."
+                f"{type(leaf).__name__}. Wrap numbers and arrays with torch.as_tensor(...); let f "
+                f"and loss close over anything else."
             )
-        if not leaf.dtype.is_floating_point:
+        if leaf.dtype not in _DTYPES:
             raise TypeError(
-                f"{name} must be floating point, since it is differentiated; got {leaf.dtype}. "
-                f"Convert it with .to(torch.float32)."
+                f"{name} must be floating point (float64, float32, bfloat16 or float16), since it "
+                f"is differentiated; got {leaf.dtype}. Convert it with .to(torch.float32)."
+            )
+        if leaf.layout != torch.strided:
+            raise TypeError(
+                f"{name} must be dense; got layout {leaf.layout}. Convert it with .to_dense()."
             )
     first = found[0]
     for leaf in found:
@@ -52,18 +82,28 @@ def tensors(name: str, tree: Tree) -> list[Tensor]:
                 f"all of {name} must be on one device; got {first.device} and {leaf.device}. "
                 f"Move it with .to({str(first.device)!r})."
             )
+    if not any(leaf.numel() for leaf in found):
+        raise ValueError(
+            f"{name} must hold at least one number; got shape {shapes(tree)}. Leave out the call "
+            f"where there are no problems."
+        )
     return found
 
 
 def check_finite(name: str, tree: Tree) -> None:
     """No NaN or infinity in ``tree``; says where the first one is."""
-    for leaf in leaves(tree):
+    for path, leaf in pytree.tree_flatten_with_path(tree)[0]:
+        if leaf.device.type == "meta":
+            raise ValueError(
+                f"{name} must hold numbers to compute with; got a tensor on device meta, which "
+                f"has none. Make it on another device."
+            )
         bad = ~torch.isfinite(leaf)
         if bool(bad.any()):
             where = tuple(bad.nonzero()[0].tolist())
             raise ValueError(
-                f"{name} must be finite; got {leaf[where].item()} at index {where}. "
-                f"Check the data it came from."
+                f"{name} must be finite; got {leaf[where].item()} at {name}{pytree.keystr(path)}"
+                f"{list(where) or ''}. Check the data it came from."
             )
 
 
@@ -83,123 +123,172 @@ def same_kind(name: str, tree: Tree, other_name: str, other: Tensor) -> None:
 
 
 def shapes(tree: Tree) -> str:
-    """The shapes of a pytree's leaves, for messages."""
-    found = [
-        tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
-        for leaf in leaves(tree)
-    ]
-    return str(found[0]) if len(found) == 1 else str(found)
+    """The shapes of a pytree's leaves, in its structure, for messages."""
+    return str(
+        pytree.tree_map(
+            lambda leaf: tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__,
+            tree,
+        )
+    )
 
 
 def detached(tree: Tree) -> Tree:
-    return pytree.tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, tree)
+    """``tree`` without its graph; tensors made in inference mode are copied out of it."""
+
+    def detach(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.detach().clone() if leaf.is_inference() else leaf.detach()
+
+    return pytree.tree_map(detach, tree)
+
+
+def _copied(tree: Tree) -> Tree:
+    return pytree.tree_map(lambda leaf: leaf.detach().clone(), tree)
 
 
 def initial_state(f: Callable[[Tree, Tree], Tree], x0: Tree, z0: Any) -> Tree:
     """z0 as given or computed from x0; by default zeros like x0, if f maps those to themselves."""
     if callable(z0) and not isinstance(z0, Tensor):
-        z0 = z0(x0)
+        z0 = z0(_copied(x0))
     if z0 is not None:
         tensors("z0", z0)
         return detached(z0)
     guess = pytree.tree_map(torch.zeros_like, x0)
+    error = None
     try:
         with torch.no_grad():
-            image = f(guess, x0)
-        fits = _same_shapes(image, guess)
-        found = f"f maps it to shape {shapes(image)}"
-    except Exception as error:
-        fits, found = False, f"f raises {type(error).__name__}: {error}"
-    if not fits:
-        raise ValueError(
-            f"z0 was not given, and zeros shaped like x0, {shapes(x0)}, are no state of f: {found}."
-            f" Pass z0, the state to start from: tensors, or a callable x0 -> z0."
-        )
-    return guess
+            image = f(_copied(guess), _copied(x0))
+        if _same_shapes(image, guess):
+            return guess
+        found = f"f maps it to {shapes(image)}"
+    except Exception as raised:
+        error, found = raised, f"f raises {type(raised).__name__}: {raised}"
+    raise ValueError(
+        f"z0 was not given, and zeros shaped like x0, {shapes(x0)}, are no state of f: {found}."
+        f" Pass z0, the state to start from: tensors, or a callable x0 -> z0."
+    ) from error
 
 
 def _same_shapes(a: Tree, b: Tree) -> bool:
     (a_leaves, a_spec), (b_leaves, b_spec) = pytree.tree_flatten(a), pytree.tree_flatten(b)
-    return a_spec == b_spec and all(
+    return bool(a_spec == b_spec) and all(
         isinstance(p, Tensor) and p.shape == q.shape
         for p, q in zip(a_leaves, b_leaves, strict=True)
     )
 
 
+def check_warm_start(earlier: Any, x0: Tree) -> None:
+    """The earlier solution must be finite, and its x of the kind of x0 in every respect."""
+    given, expected = leaves(earlier.x), leaves(x0)
+    first = expected[0]
+    if (
+        not _same_shapes(earlier.x, x0)
+        or given[0].dtype != first.dtype
+        or given[0].device != first.device
+    ):
+        raise ValueError(
+            f"warm_start must solve problems of the shape, dtype and device of x0, {shapes(x0)} "
+            f"{first.dtype} {first.device}; got {shapes(earlier.x)} {given[0].dtype} "
+            f"{given[0].device}. Leave it out, or pass a solution of such problems."
+        )
+    for name in ("x", "z", "mu"):
+        check_finite(f"warm_start.{name}", detached(getattr(earlier, name)))
+
+
+def _call(name: str, function: Callable[..., Any], *arguments: tuple[str, Tree]) -> Any:
+    """The function's value, recording a graph, on copies of its arguments that it must not change.
+
+    The copies are neither leaves of the graph nor views: torch itself would forbid changing those
+    in place, in words that do not say what to do here.
+    """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{name} must be differentiated, which torch.inference_mode() forbids. Call under "
+            f"torch.no_grad() instead."
+        )
+    with torch.enable_grad():
+        trees = [
+            pytree.tree_map(lambda leaf: leaf.detach().requires_grad_().clone(), tree)
+            for _, tree in arguments
+        ]
+        flat = [leaves(tree) for tree in trees]
+        versions = [[leaf._version for leaf in found] for found in flat]
+        value = function(*trees)
+    for (label, tree), found, before in zip(arguments, flat, versions, strict=True):
+        for leaf, given, version in zip(found, leaves(tree), before, strict=True):
+            # Writes through .data leave the version as it is.
+            same = torch.allclose(leaf, given, rtol=0, atol=0, equal_nan=True)
+            if leaf._version != version or not same:
+                raise ValueError(
+                    f"{name} must leave its arguments as they are; it changed {label} in place. "
+                    f"Use the out-of-place operation (torch.relu(z), not z.relu_()), or clone "
+                    f"{label} first."
+                )
+    return value
+
+
 def check_map(f: Callable[[Tree, Tree], Tree], z: Tree, x: Tree) -> Tree:
     """f(z, x), after checking that f maps states to states and can be differentiated."""
-    with torch.enable_grad():
-        z, x = (
-            pytree.tree_map(lambda leaf: leaf.detach().clone().requires_grad_(), tree)
-            for tree in (z, x)
+    image = _call("f", f, ("z", z), ("x", x))
+    if not _same_shapes(image, z):
+        raise ValueError(
+            f"f(z, x) must return a state shaped like z: expected {shapes(z)}, got "
+            f"{shapes(image)}. Make f return its next state, or pass a z0 of that shape."
         )
-        inputs = leaves(z) + leaves(x)
-        probes = [leaf.view_as(leaf) for leaf in inputs]
-        versions = [leaf._version for leaf in probes]
-        z_spec, x_spec = pytree.tree_structure(z), pytree.tree_structure(x)
-        split = len(leaves(z))
-        image = f(
-            pytree.tree_unflatten(probes[:split], z_spec),
-            pytree.tree_unflatten(probes[split:], x_spec),
+    for got, given in zip(leaves(image), leaves(z), strict=True):
+        if got.device != given.device:
+            raise ValueError(
+                f"f(z, x) must stay on the device of z, {given.device}; got {got.device}. "
+                f"Move the model with .to({str(given.device)!r})."
+            )
+        if got.dtype != given.dtype and not torch.is_autocast_enabled(given.device.type):
+            raise TypeError(
+                f"f(z, x) must keep the dtype of z, {given.dtype}; got {got.dtype}. "
+                f"Convert the model or x0 and z0 to one dtype."
+            )
+    if not any(leaf.requires_grad for leaf in leaves(image)):
+        raise ValueError(
+            "f(z, x) must be differentiable in z or x; its output carries no gradient to "
+            "either. Remove torch.no_grad(), .detach() or .data from f."
         )
-        if [leaf._version for leaf in probes] != versions:
-            raise ValueError(
-                "f must leave its arguments as they are; it changed one in place. Use the "
-                "out-of-place operation (torch.relu(z), not z.relu_()), or clone first."
-            )
-        if not _same_shapes(image, z):
-            raise ValueError(
-                f"f(z, x) must return a state shaped like z: expected {shapes(z)}, got "
-                f"{shapes(image)}. Make f return its next state, or pass a z0 of that shape."
-            )
-        for got, given in zip(leaves(image), leaves(z), strict=True):
-            if got.device != given.device:
-                raise ValueError(
-                    f"f(z, x) must stay on the device of z, {given.device}; got {got.device}. "
-                    f"Move the model with .to({str(given.device)!r})."
-                )
-            autocast = torch.is_autocast_enabled(given.device.type)
-            if got.dtype != given.dtype and not autocast:
-                raise TypeError(
-                    f"f(z, x) must keep the dtype of z, {given.dtype}; got {got.dtype}. "
-                    f"Convert the model or x0 and z0 to one dtype."
-                )
-        if not any(leaf.requires_grad for leaf in leaves(image)):
-            raise ValueError(
-                "f(z, x) must be differentiable in z or x; its output carries no gradient to "
-                "either. Remove torch.no_grad(), .detach() or .data from f."
-            )
-        return detached(image)
+    return detached(image)
 
 
 def problem_count(loss: Callable[[Tree, Tree], Tensor], z: Tree, x: Tree) -> int | None:
     """B where the loss returns ``(B,)``; None where it returns ``()``."""
-    with torch.enable_grad():
-        z, x = (
-            pytree.tree_map(lambda leaf: leaf.detach().clone().requires_grad_(), tree)
-            for tree in (z, x)
-        )
-        value = loss(z, x)
+    value = _call("loss", loss, ("z", z), ("x", x))
+    first = leaves(x)[0]
+    batch = first.shape[0] if first.dim() else None
+    allowed = "()" if batch is None else f"() or ({batch},)"
     if not isinstance(value, Tensor):
         raise TypeError(
-            f"loss(z, x) must return a tensor of shape () or (B,); got {type(value).__name__}."
+            f"loss(z, x) must return a tensor of shape {allowed}; got {type(value).__name__}. "
+            f"Leave out .item(), float() and the like."
         )
     if not value.dtype.is_floating_point:
-        raise TypeError(f"loss(z, x) must be floating point; got {value.dtype}.")
-    batch = leaves(x)[0].shape[0] if leaves(x)[0].dim() else None
-    one_each = f" or ({batch},)" if batch is not None else ""
+        raise TypeError(
+            f"loss(z, x) must be floating point, since it is differentiated; got {value.dtype}. "
+            f"Count or compare outside of the loss, and convert what it reads to {first.dtype}."
+        )
     if value.dim() > 1 or (value.dim() == 1 and batch is None):
         raise ValueError(
-            f"loss must return one value per problem, shape (){one_each}; got "
+            f"loss must return one value per problem, shape {allowed}; got "
             f"{tuple(value.shape)}. Sum or average over the other dimensions."
         )
     if value.dim() == 1:
-        _check_batch(value.shape[0], {"x0": leaves(x), "z0": leaves(z)})
-    first = leaves(x)[0]
+        for name, found in (("x0", leaves(x)), ("z0", leaves(z))):
+            _check_batch(name, found, value.shape[0])
     if value.device != first.device:
         raise ValueError(
             f"loss(z, x) must stay on the device of x0, {first.device}; got {value.device}. "
             f"Move what the loss reads with .to({str(first.device)!r})."
+        )
+    coarser = torch.finfo(value.dtype).eps > torch.finfo(first.dtype).eps
+    if coarser and not torch.is_autocast_enabled(first.device.type):
+        raise TypeError(
+            f"loss(z, x) must be as precise as x0, {first.dtype}; got {value.dtype}. "
+            f"Convert what the loss reads with .to({first.dtype})."
         )
     if not value.requires_grad:
         raise ValueError(
@@ -207,6 +296,16 @@ def problem_count(loss: Callable[[Tree, Tree], Tensor], z: Tree, x: Tree) -> int
             "either. Remove torch.no_grad(), .detach(), .item() or .argmax() from the loss."
         )
     return value.shape[0] if value.dim() else None
+
+
+def _check_batch(name: str, found: list[Tensor], count: int) -> None:
+    for leaf in found:
+        if leaf.dim() == 0 or leaf.shape[0] != count:
+            raise ValueError(
+                f"loss returns {count} values, so dim 0 of every leaf of {name} must be "
+                f"{count}; got shape {tuple(leaf.shape)}. Return one value per problem from "
+                f"the loss, or () for a single problem."
+            )
 
 
 def check_projection(
@@ -217,39 +316,30 @@ def check_projection(
         return None
     per_problem = isinstance(project, (L2Ball, LinfBall, Box, Simplex))
 
-    def on_matrix(rows: Tensor) -> Tensor:
-        tree = layout.unflatten(rows)
-        image = project(tree, batched=layout.batched) if per_problem else project(tree)
-        return layout.flatten(image).to(rows.dtype)
+    def on_tree(tree: Tree) -> Tree:
+        return project(tree, batched=layout.batched) if per_problem else project(tree)
 
+    def on_matrix(rows: Tensor) -> Tensor:
+        return layout.flatten(on_tree(layout.unflatten(rows))).to(rows.dtype)
+
+    once = _call("project", on_tree, ("x", x))
+    if not _same_shapes(once, x):
+        raise ValueError(
+            f"project must return what it is given, shaped like x0, {shapes(x)}; got "
+            f"{shapes(once)}. Return the whole of x, projected."
+        )
+    same_kind("project(x0)", once, "x0", leaves(x)[0])
+    check_finite("project(x0)", once)
     with torch.no_grad():
-        once = project(x, batched=layout.batched) if per_problem else project(x)
-        if not _same_shapes(once, x):
+        rows = layout.flatten(detached(once))
+        moved = (on_matrix(rows) - rows).abs().amax()
+        if not bool(moved <= torch.finfo(rows.dtype).eps ** 0.5 * (1 + rows.abs().amax())):
             raise ValueError(
-                f"project must return what it is given, shaped like x0, {shapes(x)}; got "
-                f"{shapes(once)}."
-            )
-        rows = layout.flatten(once)
-        again = on_matrix(rows)
-        slack = torch.finfo(rows.dtype).eps ** 0.5 * (1 + rows.abs().amax()) if rows.numel() else 0
-        if rows.numel() and not bool(((again - rows).abs() <= slack).all()):
-            raise ValueError(
-                "project must be a projection, so that project(project(x)) is project(x); it moved "
-                f"a projected x0 by {(again - rows).abs().amax().item():.1e}. See implicitopt.L2Ball "
-                "for an example."
+                f"project must be a projection, so that project(project(x)) is project(x); got "
+                f"one that moved a projected x0 by {moved.item():.1e}. See implicitopt.L2Ball for "
+                f"an example."
             )
     return on_matrix
-
-
-def _check_batch(count: int, trees: dict[str, Sequence[Tensor]]) -> None:
-    for name, found in trees.items():
-        for leaf in found:
-            if leaf.dim() == 0 or leaf.shape[0] != count:
-                raise ValueError(
-                    f"loss returns {count} values, so dim 0 of every leaf of {name} must be "
-                    f"{count}; got shape {tuple(leaf.shape)}. Return one value per problem from "
-                    f"the loss, or () for a single problem."
-                )
 
 
 def one_layout(tree: Tree, batch: int | None) -> Layout:

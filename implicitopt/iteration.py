@@ -17,13 +17,18 @@ __all__ = ["Outcome", "Progress", "Solver", "iterate"]
 #: Steps between looks at whether every problem has finished: each look waits for the device.
 CHECK_EVERY = 5
 #: A problem is stalled when, for this many steps, neither residual nor loss improved notably.
-PATIENCE = 60
+PATIENCE = 100
 #: Returns to the best iterate, with a smaller step, before a non-finite problem is given up.
 RETRIES = 4
 
 
 class Solver(Protocol):
     """One way to move a batch of problems towards a root of the KKT system."""
+
+    @property
+    def initial_sweeps(self) -> int:
+        """Sweeps that do not count as steps: 0 where a step is a sweep."""
+        ...
 
     def init(self, kkt: KKT, start: Point) -> tuple[Point, Any]:
         """The point of the first sweep and the state before the first step."""
@@ -74,7 +79,8 @@ def iterate(
     """Run ``solver`` from ``start`` until every problem is finished or ``max_steps`` are made."""
     point, state = solver.init(kkt, start)
     record = _Record(kkt, point, tol=tol, rule=rule, history=history, sample=sample_iterate)
-    for step in range(max_steps):
+    initial = solver.initial_sweeps
+    for step in range(initial + max_steps):
         sweep = kkt.sweep(point)
         residuals = kkt.residuals(point, sweep)
         lost = record.observe(step, point, sweep, residuals)
@@ -83,14 +89,14 @@ def iterate(
             stop = callback(Progress(step, shown, residuals, record.active))
             if stop is True:
                 break
-        last = step + 1 == max_steps
+        last = step + 1 == initial + max_steps
         if last or ((step + 1) % CHECK_EVERY == 0 and not bool(record.active.any())):
             break
         moved, state = solver.step(kkt, point, sweep, state)
         state = solver.restart(state, lost)
         point = _where(record.active, moved, point)
         point = _where(lost, record.point, point)
-    return record.outcome()
+    return record.outcome(initial)
 
 
 def _where(mask: Tensor, new: Point, old: Point) -> Point:
@@ -143,7 +149,9 @@ class _Record:
         if self.drawn is not None:
             self._draw(running, point)
         for mask, status in (
-            (reached, Status.CONVERGED), (stalled, Status.STALLED), (hopeless, Status.NONFINITE)
+            (reached, Status.CONVERGED),
+            (stalled, Status.STALLED),
+            (hopeless, Status.NONFINITE),
         ):
             self.status = torch.where(mask, torch.full_like(self.status, status), self.status)
         self.active = self.active & ~(reached | stalled | hopeless)
@@ -188,7 +196,7 @@ class _Record:
         z, x = self.drawn
         self.drawn = (torch.where(take, point.z, z), torch.where(take, point.x, x))
 
-    def outcome(self) -> Outcome:
+    def outcome(self, initial: int) -> Outcome:
         history = None
         if self.history is not None:
             values, residuals = zip(*self.history, strict=True)
@@ -201,5 +209,11 @@ class _Record:
             torch.full_like(self.status, Status.NONFINITE),
         )
         return Outcome(
-            self.point, self.value, self.residuals, status, self.steps, history, self.drawn
+            self.point,
+            self.value,
+            self.residuals,
+            status,
+            self.steps - initial,
+            history,
+            self.drawn,
         )

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -73,7 +73,7 @@ class Work:
 def norm(rows: Tensor) -> Tensor:
     """Euclidean norm of each row, in at least float32; ``(B, n) -> (B,)``."""
     wide = torch.float32 if rows.dtype in (torch.float16, torch.bfloat16) else None
-    return torch.linalg.vector_norm(rows, dim=1, dtype=wide)
+    return cast(Tensor, torch.linalg.vector_norm(rows, dim=1, dtype=wide))
 
 
 @dataclass
@@ -106,14 +106,28 @@ class KKT:
     def sweep(self, point: Point) -> Sweep:
         """One evaluation of the augmented map's ingredients, eq. 9-11."""
         z, mu, x = point
-        image, f_vjp = torch.func.vjp(self.state_map, z, x)
+        image, f_vjp = torch.func.vjp(self.state_map, z, x)[:2]
         f_z, f_x = f_vjp(mu)
-        value, loss_vjp = torch.func.vjp(self.objective, z, x)
+        value, loss_vjp = torch.func.vjp(self.objective, z, x)[:2]
         loss_z, loss_x = loss_vjp(torch.ones_like(value))
         self.work.f += 1
         self.work.vjp += 1
         self.work.loss += 1
         return Sweep(image, f_z + loss_z, f_x + loss_x, value)
+
+    def linearize(self, z: Tensor, x: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+        """μ ↦ (∂f/∂z)ᵀ μ at one (z, x), to be applied many times, and ∂ℓ/∂z there."""
+        _, f_vjp = torch.func.vjp(lambda z: self.state_map(z, x), z)[:2]
+        value, loss_vjp = torch.func.vjp(lambda z: self.objective(z, x), z)[:2]
+        self.work.f += 1
+        self.work.loss += 1
+
+        def pull(mu: Tensor) -> Tensor:
+            self.work.vjp += 1
+            (out,) = f_vjp(mu)
+            return cast(Tensor, out)
+
+        return pull, cast(Tensor, loss_vjp(torch.ones_like(value))[0])
 
     def constrain(self, x: Tensor) -> Tensor:
         """P_C(x)."""
@@ -124,6 +138,8 @@ class KKT:
         z, mu, x = point
         stationarity = x - self.constrain(x - sweep.grad)
         scale = 1 + torch.sqrt(norm(z) ** 2 + norm(mu) ** 2 + norm(x) ** 2)
+        # A norm that overflows would hide every residual: such a point counts as non-finite.
+        scale = torch.where(torch.isfinite(scale), scale, torch.full_like(scale, float("nan")))
         blocks = (sweep.f - z, sweep.mu - mu, stationarity)
         return Residuals(*(norm(block) / scale for block in blocks))
 

@@ -68,9 +68,7 @@ class Best:
         score = new.value + new.slack
         rounding = torch.finfo(score.dtype).eps ** 0.75 * (1 + new.value.abs())
         tie = (score - kept.lowest_score).abs() <= rounding
-        better = torch.where(
-            tie, new.residuals.total < kept.residual, score < kept.lowest_score
-        )
+        better = torch.where(tie, new.residuals.total < kept.residual, score < kept.lowest_score)
         feasible, was_feasible = new.residuals.z <= self.small, kept.state_residual <= self.small
         nearer = new.residuals.z < kept.state_residual
         return torch.where(was_feasible, feasible & better, feasible | nearer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Protocol, cast
 
 import torch
@@ -14,19 +15,19 @@ from implicitopt.inputs import (
     check_map,
     check_option,
     check_projection,
+    check_warm_start,
     detached,
     initial_state,
     one_layout,
     problem_count,
     same_kind,
-    shapes,
     tensors,
 )
 from implicitopt.iteration import Outcome, Progress, Solver, iterate
 from implicitopt.kkt import KKT, Point, Residuals
 from implicitopt.select import RULES, Rule
 from implicitopt.solution import AdjointReport, History, Solution, Status
-from implicitopt.solvers.joint import Joint
+from implicitopt.solvers.adaptive import Adaptive
 from implicitopt.tree import Tree
 
 __all__ = ["Adjoint", "default_tol", "solve"]
@@ -77,7 +78,8 @@ def solve(
             than through which local minimum is found), so no gradient reaches it.
         z0: the state to start from, tensors or a callable ``x0 -> z0``; the solver starts from
             ``f(z0, x0)``. None: zeros shaped like ``x0`` if f maps those to their own shape.
-        solver: ``Joint(...)``, ``OneShot(...)`` or ``Nested(...)``; None: ``Joint()``.
+        solver: ``Joint(...)``, ``OneShot(...)`` or ``Nested(...)``; None: ``Adaptive()``, the
+            joint iteration with a fallback to one-shot descent.
         adjoint: ``Envelope()`` (default), ``Implicit(...)`` or ``FrozenInput(...)``.
         project: the projection onto the set C that x is confined to, per problem: ``L2Ball``,
             ``LinfBall``, ``Box``, ``Simplex`` or any callable ``x -> x``.
@@ -112,18 +114,33 @@ def solve(
     >>> sol.converged.all().item(), sol.x.shape
     (True, torch.Size([4, 2]))
     """
-    solver = Joint() if solver is None else solver
+    solver = Adaptive() if solver is None else solver
     adjoint = Envelope() if adjoint is None else adjoint
     rule = _check_options(
-        solver, adjoint, project, maximize, max_steps, tol, select, warm_start, callback,
+        solver,
+        adjoint,
+        project,
+        maximize,
+        max_steps,
+        tol,
+        select,
+        warm_start,
+        callback,
         {"throw": throw, "history": history, "sample_iterate": sample_iterate},
     )
     kkt, start, shape = _prepare(f, loss, x0, z0, project, maximize, warm_start)
     tol = default_tol(start.x.dtype) if tol is None else float(tol)
     with torch.no_grad():
         outcome = iterate(
-            kkt, solver, start, max_steps=max_steps, tol=tol, rule=rule, callback=callback,
-            history=history, sample_iterate=sample_iterate,
+            kkt,
+            solver,
+            start,
+            max_steps=max_steps,
+            tol=tol,
+            rule=rule,
+            callback=callback,
+            history=history,
+            sample_iterate=sample_iterate,
         )
     solution = _attach(kkt, outcome, adjoint, shape, tol)
     return solution.raise_if_failed() if throw else solution
@@ -135,7 +152,7 @@ def _check_options(
 ) -> Rule:  # fmt: skip
     if isinstance(solver, type) or not (hasattr(solver, "init") and hasattr(solver, "step")):
         raise TypeError(
-            f"solver must be Joint(...), OneShot(...), Nested(...) or an object with their "
+            f"solver must be Adaptive(...), Joint(...), OneShot(...), Nested(...) or an object with their "
             f"methods; got {solver!r}."
         )
     if isinstance(adjoint, type) or not hasattr(adjoint, "attach"):
@@ -154,7 +171,9 @@ def _check_options(
         raise TypeError(f"warm_start must be a Solution from solve(); got {warm_start!r}.")
     if isinstance(select, str):
         if select not in RULES:
-            raise ValueError(f"select must be one of {sorted(RULES)} or a callable; got {select!r}.")
+            raise ValueError(
+                f"select must be one of {sorted(RULES)} or a callable; got {select!r}."
+            )
         return RULES[select]
     if isinstance(select, type) or not callable(select):
         raise TypeError(f"select must be one of {sorted(RULES)} or a callable; got {select!r}.")
@@ -171,6 +190,8 @@ def _prepare(
     first = tensors("x0", x0)[0]
     check_finite("x0", x0)
     x0 = detached(x0)
+    if warm_start is not None:
+        check_warm_start(warm_start, x0)
     z0 = initial_state(f, x0, z0 if warm_start is None else detached(warm_start.z))
     same_kind("z0", z0, "x0", first)
     check_finite("z0", z0)
@@ -183,30 +204,17 @@ def _prepare(
         z, x = z_layout.flatten(image).to(first.dtype), x_layout.flatten(x0)
         mu = torch.zeros_like(z)
         if warm_start is not None:
-            z, mu, x = _warm(warm_start, z_layout.flatten(z0), x, z_layout, x_layout)
-            mu = sign * mu
+            z, mu = z_layout.flatten(z0), sign * z_layout.flatten(detached(warm_start.mu))
+            x = x_layout.flatten(detached(warm_start.x))
         x = kkt.constrain(x)
     return kkt, Point(z, mu, x), () if batch is None else (batch,)
-
-
-def _warm(
-    earlier: Solution, z: Tensor, x: Tensor, z_layout: Any, x_layout: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    before = x_layout.flatten(detached(earlier.x))
-    if before.shape != x.shape or before.dtype != x.dtype or before.device != x.device:
-        raise ValueError(
-            f"warm_start must solve problems of the shape, dtype and device of x0, {shapes(x_layout.unflatten(x))} "
-            f"{x.dtype} {x.device}; got {shapes(earlier.x)} {before.dtype} {before.device}. "
-            f"Leave it out, or pass a solution of such problems."
-        )
-    return z, z_layout.flatten(detached(earlier.mu)), before
 
 
 def _attach(
     kkt: KKT, outcome: Outcome, adjoint: Adjoint, shape: tuple[int, ...], tol: float
 ) -> Solution:
     """Give the solution its gradient, and its problems the shapes they came in."""
-    report = AdjointReport()
+    report, work = AdjointReport(), replace(kkt.work)
     point, value = outcome.point, outcome.value
     if torch.is_grad_enabled():
         sound = outcome.status != torch.full_like(outcome.status, Status.NONFINITE)
@@ -232,7 +240,7 @@ def _attach(
         status=outcome.status.reshape(shape),
         residuals=Residuals(*(block.reshape(shape) for block in outcome.residuals)),
         steps=outcome.steps.reshape(shape),
-        sweeps=kkt.work,
+        sweeps=work,
         tol=tol,
         history=history,
         iterate=None if drawn is None else (z_of(drawn[0]), x_of(drawn[1])),

@@ -48,7 +48,9 @@ class Layout:
         """The pytree as a ``(problems, width)`` matrix."""
         flat = pytree.tree_leaves(tree)
         rows = flat[0].shape[0] if self.batched else 1
-        parts = [leaf.reshape(rows, -1) if leaf.numel() else leaf.new_zeros(rows, 0) for leaf in flat]
+        parts = [
+            leaf.reshape(rows, -1) if leaf.numel() else leaf.new_zeros(rows, 0) for leaf in flat
+        ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def unflatten(self, matrix: Tensor) -> Tree:

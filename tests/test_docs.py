@@ -4,12 +4,15 @@ A file's blocks run in order in one namespace, so a later block may use what an 
 defined. A fence that says ``notest`` after ``python`` is left out.
 """
 
+import importlib
 import re
 from pathlib import Path
 
 import matplotlib
 import pytest
 import torch
+
+import implicitopt
 
 ROOT = Path(__file__).resolve().parent.parent
 FENCE = re.compile(r"^```python(?P<options>[^\n]*)\n(?P<code>.*?)^```", re.DOTALL | re.MULTILINE)
@@ -49,3 +52,15 @@ def test_a_block_keeps_its_line_number_and_notest_is_left_out():
 
 def test_the_readme_has_an_example():
     assert ROOT / "README.md" in PAGES
+
+
+def test_api_page_lists_every_public_name():
+    listed = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text("utf-8"), re.MULTILINE)
+    names = [target.rpartition(".")[2] for target in listed]
+    assert len(names) == len(set(names))
+    assert set(implicitopt.__all__) <= set(names)
+    for target in listed:  # each is where the page says it is
+        module, _, name = target.rpartition(".")
+        assert hasattr(importlib.import_module(module), name), target
+        if name in implicitopt.__all__:
+            assert getattr(importlib.import_module(module), name) is getattr(implicitopt, name)

@@ -14,7 +14,9 @@ from implicitopt.kkt import norm
 __all__ = ["Anderson"]
 
 #: How far, relative to ‖dv_i‖‖dr_j‖ and to themselves, two paired differences may disagree.
-FLOOR, SHARE = 1e-2, 0.5
+FLOOR, SHARE = 0.1, 0.5
+#: A difference is left out when this share of it, or less, is not a combination of newer ones.
+INDEPENDENT = 3e-2
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,9 @@ class Anderson:
             raise ValueError(f"Anderson damping must lie in (0, 1]; got {self.damping}")
 
     def init(self, v: Tensor) -> AndersonState:
-        return AndersonState.empty(v, self.memory or min(60, max(20, 500_000 // max(1, v.shape[1]))))
+        return AndersonState.empty(
+            v, self.memory or min(60, max(20, 500_000 // max(1, v.shape[1])))
+        )
 
     def init_paired(self, v: Tensor, pairing: Pairing) -> AndersonState:
         state = self.init(v)
@@ -93,7 +97,7 @@ class Anderson:
         return state
 
     def _coefficients(self, state: AndersonState, S: Tensor, Y: Tensor, r: Tensor) -> Tensor:
-        """c, ``(B, m)``: zero for the differences left out, and for a problem whose solve failed."""
+        """c, ``(B, m)``: zero for differences left out, and for a problem whose solve failed."""
         k = state.filled
         use = state.use[:, :k]
         gram = state.gram[:, :k, :k]
@@ -102,8 +106,14 @@ class Anderson:
         # Unit rows, so that ridge is relative; a difference left out becomes a row of the identity.
         length = (state.length_y if self.kind == "II" else state.length_s)[:, :k]
         use = use & (length > 0)
+        if self.kind == "I":
+            use = use & state.independent()
         unit = torch.where(use, 1 / torch.where(use, length, torch.ones_like(length)), 0.0)
-        gram = torch.where(use[:, :, None] & use[:, None], gram, 0.0) * unit[:, :, None] * unit[:, None]
+        gram = (
+            torch.where(use[:, :, None] & use[:, None], gram, 0.0)
+            * unit[:, :, None]
+            * unit[:, None]
+        )
         rhs = torch.where(use, rhs, 0.0) * unit
         diagonal = gram.diagonal(dim1=1, dim2=2)
         scale = diagonal.abs().amax(dim=1, keepdim=True)
@@ -117,11 +127,12 @@ class Anderson:
 
 @dataclass
 class AndersonState:
-    """Ring buffers of the last differences, and the Gram matrix of T and Y, updated a row a step."""
+    """Ring buffers of the last differences, and their Gram matrices, updated a row a step."""
 
     S: Tensor  # (B, m, n) differences of v
     Y: Tensor  # (B, m, n) differences of r
     gram: Tensor  # (B, m, m) float64, ⟨t_i, y_j⟩ with t = s (type I) or y (type II)
+    gram_s: Tensor
     length_s: Tensor  # (B, m) float64 norms
     length_y: Tensor
     length_q: Tensor  # of pairing(y)
@@ -139,6 +150,7 @@ class AndersonState:
             S=v.new_zeros(rows, memory, n),
             Y=v.new_zeros(rows, memory, n),
             gram=v.new_zeros(rows, memory, memory, dtype=torch.float64),
+            gram_s=v.new_zeros(rows, memory, memory, dtype=torch.float64),
             length_s=lengths,
             length_y=lengths.clone(),
             length_q=lengths.clone(),
@@ -168,6 +180,10 @@ class AndersonState:
         self.S[:, at], self.Y[:, at] = s, y
         self.use[:, at] = sound
         self.length_s[:, at], self.length_y[:, at] = norm(s).double(), norm(y).double()
+        if not symmetric:
+            row = (self.S[:, :k] @ s[..., None])[..., 0].double()
+            self.gram_s[:, :k, at] = row
+            self.gram_s[:, at, :k] = row
         T = self.Y if symmetric else self.S
         t = y if symmetric else s
         self.gram[:, :k, at] = (T[:, :k] @ y[..., None])[..., 0].double()
@@ -185,6 +201,22 @@ class AndersonState:
         reach = reach + self.length_q[:, :k] * self.length_s[:, at : at + 1]
         agree = (mine - theirs).abs() <= SHARE * (mine.abs() + theirs.abs()) + FLOOR * reach
         self.use[:, :k] &= agree
+
+    def independent(self) -> Tensor:
+        """Which differences are not, nearly, combinations of newer ones; ``(B, filled)``."""
+        k, m = self.filled, self.S.shape[1]
+        newest_first = [(self.pushed - 1 - age) % m for age in range(k)]
+        order = torch.tensor(newest_first, device=self.S.device)
+        back = torch.argsort(order)
+        use = (self.use & (self.length_s > 0))[:, order]
+        length = torch.where(use, self.length_s[:, order], 1.0)
+        gram = self.gram_s[:, order][:, :, order] / (length[:, :, None] * length[:, None])
+        gram = torch.where(use[:, :, None] & use[:, None], gram, 0.0)
+        eye = torch.eye(k, dtype=gram.dtype, device=gram.device)
+        gram = gram + eye * torch.where(use, 1e-14, 1.0)[:, :, None]
+        factor, _ = torch.linalg.cholesky_ex(gram)
+        orthogonal = torch.nan_to_num(factor.diagonal(dim1=1, dim2=2))
+        return (orthogonal > INDEPENDENT)[:, back]
 
     def forget(self, mask: Tensor) -> None:
         """Leave out all differences of the problems in ``mask``, and their next one."""

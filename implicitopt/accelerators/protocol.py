@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-__all__ = ["Accelerator", "Paired", "Pairing", "Restartable"]
+__all__ = ["Accelerator", "Paired", "Pairing", "Restartable", "check_accelerator"]
 
 #: A symmetric linear map on the rows of a ``(B, n)`` matrix.
 Pairing = Callable[[Tensor], Tensor]
@@ -50,3 +50,12 @@ class Paired(Protocol):
     def init_paired(self, v: Tensor, pairing: Pairing) -> Any:
         """Like ``init``, with the pairing to use from now on."""
         ...
+
+
+def check_accelerator(name: str, accelerator: Any) -> None:
+    """``accelerator``, the option ``name``, must be an object with the two methods."""
+    if isinstance(accelerator, type) or not isinstance(accelerator, Accelerator):
+        raise TypeError(
+            f"{name} must be Anderson(...), Broyden(...), Picard(...) or an object with the "
+            f"methods init(v) and step(state, v, Fv); got {accelerator!r}."
+        )

@@ -7,12 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from implicitopt.kkt import KKT, Point
 from implicitopt.solution import AdjointReport
 
-__all__ = ["Attached", "Envelope", "optimal_value", "refuse"]
+__all__ = ["Attached", "Envelope", "FirstOrderValue", "optimal_value", "refuse"]
 
 _REMEDIES = (
     "pass adjoint=implicitopt.Implicit() to solve() to differentiate through the solution, or "
@@ -55,8 +54,9 @@ class Envelope:
 
     def attach(self, kkt: KKT, point: Point, value: Tensor, report: AdjointReport) -> Attached:
         lagrangian = optimal_value(kkt, point)
-        value = _FirstOrderValue.apply(lagrangian, value)
-        return Attached(*(refuse(block, lagrangian, "Envelope") for block in point), value=value)
+        value = FirstOrderValue.apply(lagrangian, value, "Envelope")
+        z, mu, x = (refuse(block, lagrangian, "Envelope") for block in point)
+        return Attached(z, mu, x, value)
 
 
 def optimal_value(kkt: KKT, point: Point) -> Tensor:
@@ -73,22 +73,23 @@ def optimal_value(kkt: KKT, point: Point) -> Tensor:
     return lagrangian + (grad * kkt.project(point.x - grad)).sum(dim=1)
 
 
-class _FirstOrderValue(torch.autograd.Function):
+class FirstOrderValue(torch.autograd.Function):
     """The value, with the Lagrangian's gradient; asking for a second derivative is an error."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, lagrangian: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, lagrangian: Tensor, value: Tensor, adjoint: str) -> Tensor:
+        ctx.adjoint = adjoint
         return value.clone()
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "a second derivative of sol.value was asked for (create_graph=True), but "
-                "adjoint=Envelope() holds the solution constant and has only the first; "
+                f"adjoint={ctx.adjoint}() holds the input constant and has only the first; "
                 "pass adjoint=implicitopt.Implicit() to solve()"
             )
-        return grads[0], None
+        return grads[0], None, None
 
 
 class _Refuse(torch.autograd.Function):

@@ -1,10 +1,13 @@
 """Implicit differentiation of a root: the full KKT system, or the state equation alone.
 
-A solution v*(θ) of r(v, θ) = 0 has dv* = −J⁻¹ ∂r/∂θ dθ with J = ∂r/∂v (JIIO eq. 16-17). The residual
-is evaluated once, outside any autograd Function, so that every tensor that f and the loss close
-over is in its graph; `_Root` then carries a cotangent c of v* to −w of r, where Jᵀw = c. That
-linear solve is itself a root, of s(w) = Jᵀw − c, and is attached by the same rule when the backward
-pass is being recorded: derivatives of every order follow.
+A solution v*(θ) of r(v, θ) = 0 has dv* = −J⁻¹ ∂r/∂θ dθ with J = ∂r/∂v (JIIO eq. 16-17). The
+residual is evaluated outside any autograd Function, so that every tensor that f and the loss close
+over is in its graph; `_RootTwice` then carries a cotangent c of v* to −w of r, where Jᵀw = c.
+
+When the backward pass is being recorded, its result −wᵀ ∂r/∂θ must itself depend on θ through v*
+and through w. So r is evaluated a second time, at a v* attached by `_Root`, and w, being a root of
+s(w) = Jᵀw − c, is attached by the same rule. Second derivatives are exact then; a third would need
+a third evaluation, and raises.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicitopt.adjoint.envelope import Attached, optimal_value, refuse
+from implicitopt.adjoint.envelope import Attached, FirstOrderValue, optimal_value, refuse
 from implicitopt.adjoint.krylov import gmres, minres
 from implicitopt.kkt import KKT, Point
 from implicitopt.solution import AdjointReport, Status
@@ -54,7 +57,7 @@ class LinearOptions:
 
 @dataclass(frozen=True)
 class Implicit:
-    """Differentiate ``sol.x``, ``sol.z``, ``sol.mu`` through the whole KKT system, to any order.
+    """Differentiate ``sol.x``, ``sol.z``, ``sol.mu`` through the whole KKT system, once or twice.
 
     Without a constraint the Jacobian of the KKT map is the Hessian of the Lagrangian, symmetric
     and indefinite, and MINRES solves the adjoint system; with one it is not symmetric, and GMRES
@@ -111,7 +114,7 @@ class FrozenInput:
 
     What the paper does where the outer loss differs from the inner one: cheaper than
     :class:`Implicit` and biased, since x* moves with θ too. ``sol.x`` carries no gradient;
-    backward through ``sol.mu`` raises.
+    backward through ``sol.mu``, and second derivatives of ``sol.value``, raise.
 
     Args:
         tol: relative residual of the linear solve with (I − ∂f/∂z)ᵀ. Default 1e-10 in float64,
@@ -145,7 +148,7 @@ class FrozenInput:
         options = LinearOptions(self.tol, self.max_steps)
         z = attach_root(residual, point.z, options, report, symmetric=False)
         first = optimal_value(kkt, point)
-        value = _Value.apply(first, first, value)
+        value = FirstOrderValue.apply(first, value, "FrozenInput")
         return Attached(z, refuse(point.mu, first, "FrozenInput"), point.x, value)
 
 
@@ -234,10 +237,11 @@ class _System:
         self.report.products += result.products
         if not bool(solved.all()):
             worst = result.residual[torch.isfinite(result.residual)]
+            largest = worst.max().item() if len(worst) else float("nan")
             warnings.warn(
                 f"the adjoint system of {int((~solved).sum())} of {len(solved)} problems was not "
                 f"solved to the relative residual {self.options.tolerance(c.dtype):.0e} in "
-                f"{self.options.max_steps} steps (worst {worst.max().item() if len(worst) else float('nan'):.1e}): their gradient is "
+                f"{self.options.max_steps} steps (worst {largest:.1e}): their gradient is "
                 "approximate, and zero where it was not finite. See sol.adjoint; raise max_steps, "
                 "loosen tol, pass a preconditioner, or regularize x in the loss.",
                 AdjointWarning,
@@ -252,14 +256,45 @@ class _Root(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, residual: Tensor, v: Tensor, system: _System) -> Tensor:
         root = v.clone()
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(root)
         ctx.system = system
         return root
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
+        if grads[0] is None:
+            return None, None, None
         (v,) = ctx.saved_tensors
         return -ctx.system.solve(v, grads[0], transpose=True), None, None
+
+
+class _RootTwice(torch.autograd.Function):
+    """(r(v₀), r(v₁), v₁) ↦ v with dv = −J⁻¹ dr: of r(v₀) if that is all, of r(v₁) if recorded.
+
+    v₀ is a constant and v₁ the root attached by `_Root`, so that −wᵀ ∂r/∂θ at v₁ has a derivative
+    in v₁. What r(v₁) sends on to v₁, −Jᵀw, the cotangent c sent there as well takes away again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, constant: Tensor, attached: Tensor, v: Tensor, system: _System) -> Tensor:
+        root = v.clone()
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(root)
+        ctx.system = system
+        return root
+
+    @staticmethod
+    def backward(
+        ctx: Any, *grads: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
+        if grads[0] is None:
+            return None, None, None, None
+        (v,) = ctx.saved_tensors
+        w = ctx.system.solve(v, grads[0], transpose=True)
+        if torch.is_grad_enabled():
+            return None, -w, grads[0], None
+        return -w, None, None, None
 
 
 class _LinearRoot(torch.autograd.Function):
@@ -276,8 +311,27 @@ class _LinearRoot(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         (v,) = ctx.saved_tensors
-        solved = ctx.system.solve(v, grads[0], transpose=not ctx.transpose)
-        return -solved, None, None, None, None
+        with torch.no_grad():
+            solved = -ctx.system.solve(v, grads[0], transpose=not ctx.transpose)
+        if torch.is_grad_enabled():
+            solved = _NoThird.apply(solved, v, grads[0])
+        return solved, None, None, None, None
+
+
+class _NoThird(torch.autograd.Function):
+    """The identity; an error on the way back to the tensors that ``solved`` depends on."""
+
+    @staticmethod
+    def forward(ctx: Any, solved: Tensor, v: Tensor, cotangent: Tensor) -> Tensor:
+        return solved.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, None]:
+        raise RuntimeError(
+            "a third derivative through an implicitly differentiated solution was asked for, but "
+            "only the first and second are right; drop create_graph=True from the second "
+            "backward pass, or unroll f by hand"
+        )
 
 
 def attach_root(
@@ -290,5 +344,10 @@ def attach_root(
 ) -> Tensor:
     """The root ``v`` of ``residual``, ``(B, N)``, differentiable in all that ``residual`` reads."""
     v = v.detach()
-    root: Tensor = _Root.apply(residual(v), v, _System(residual, symmetric, options, report))
+    system = _System(residual, symmetric, options, report)
+    constant = residual(v)
+    once: Tensor = _Root.apply(constant, v, system)
+    if not once.requires_grad:
+        return once
+    root: Tensor = _RootTwice.apply(constant, residual(once), once, system)
     return root

@@ -60,7 +60,8 @@ def minres(
     whose A is singular and whose b is not in its range ends at a least-squares solution.
 
     Args:
-        matvec: (B, n) -> (B, n), row i to Aᵢ times row i. Runs without autograd.
+        matvec: (B, n) -> (B, n), row i to Aᵢ times row i. It is called without autograd, and
+            with zeros for a problem that has stopped.
         b: (B, n) right-hand sides.
         tol: bound on ‖b − A x‖ / ‖b‖, for each problem.
         max_steps: the most steps for each problem.
@@ -83,6 +84,10 @@ def minres(
     ([[1.0, -1.0]], tensor([True]))
     """
     every = _check_options(b, x0, tol, max_steps, check_every)
+    if reorthogonalize is not None and reorthogonalize < 0:
+        raise ValueError(
+            f"reorthogonalize must be >= 0; got {reorthogonalize}. Pass None to choose from n."
+        )
     apply = _in_dtype_of(matvec, b)
     unit = None if precondition is None else _in_dtype_of(precondition, b)
     keep = (
@@ -131,7 +136,7 @@ def gmres(
     """
     every = _check_options(b, x0, tol, max_steps, check_every)
     if restart is not None and restart < 1:
-        raise ValueError(f"restart must be >= 1; got {restart}. None chooses one from n.")
+        raise ValueError(f"restart must be >= 1; got {restart}. Pass None to choose from n.")
     apply = _in_dtype_of(matvec, b)
     unit = None if precondition is None else _in_dtype_of(precondition, b)
     n = b.shape[1]
@@ -231,7 +236,7 @@ def _gmres_pass(
     null = torch.zeros_like(hessenberg[:, :, 0])
     null[:, 0] = 1.0
     size = torch.zeros_like(null[:, 0])
-    steps, products = torch.zeros_like(budget), 0
+    steps, columns, products = torch.zeros_like(budget), torch.zeros_like(budget), 0
     tiny = torch.finfo(rhs.dtype).eps
     for step in range(length):
         if step % every == 0 and not active.any():
@@ -245,22 +250,24 @@ def _gmres_pass(
         y, second = basis.remove_from(y, basis)
         h, height = first + second, _dot(y, y).sqrt()
         sound = active & height.isfinite() & h.isfinite().all(dim=1)
-        # A problem that has stopped gets a column of the identity: it adds 0 to the solution.
+        columns = columns + sound
         size = torch.where(sound, torch.maximum(size, reach), size)
         hessenberg[:, : step + 1, step] = torch.where(sound[:, None], h, 0.0)
-        hessenberg[:, step + 1, step] = torch.where(sound, height, 1.0)
+        hessenberg[:, step + 1, step] = torch.where(sound, height, 0.0)
         active = sound & (height > tiny * reach) & (steps < budget)
         entry = -(h * null[:, : step + 1]).sum(dim=1) / height
         null[:, step + 1] = torch.where(active, entry, 0.0)
         active = active & (null.square().sum(dim=1) < target**-2)
         v = _divide(y, height, active)
-    used = basis.count
-    if not used:
-        return torch.zeros_like(rhs), steps, products
     # With this ridge ε ‖A‖ ‖x‖ ≤ ROUNDING, also where a singular A makes H singular.
     ridge = torch.where(size > 0, size * tiny / (2 * ROUNDING), 1.0)
-    weights = _least_squares(hessenberg[:, : used + 1, :used], ridge).to(rhs.dtype)
-    x = torch.bmm(weights[:, None, :], basis.rows[:, :used]).squeeze(1)
+    x = torch.zeros_like(rhs)
+    # By number of columns: padding one problem to another's would change how it rounds.
+    for used in columns.unique().tolist():
+        if used:
+            rows = (columns == used).nonzero().squeeze(1)
+            weights = _least_squares(hessenberg[rows, : used + 1, :used], ridge[rows])
+            x[rows] = torch.bmm(weights[:, None, :].to(x.dtype), basis.rows[rows, :used]).squeeze(1)
     return x if unit is None else unit(x), steps, products
 
 

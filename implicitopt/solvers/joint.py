@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from implicitopt.accelerators.anderson import Anderson
-from implicitopt.accelerators.protocol import Accelerator, Paired, Restartable
+from implicitopt.accelerators.protocol import Accelerator, Paired, Restartable, check_accelerator
 from implicitopt.kkt import KKT, Point, Sweep, norm
 
 __all__ = ["Joint", "StepSizes"]
 
-#: Plain steps at the start, in which the step size in x is fitted to the curvature of L.
-WARMUP = 4
+#: Plain steps at the start, from which the step size in x is set.
+WARMUP = 2
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class StepSizes:
 
     Args:
         z, mu: α_z and α_μ in (0, 1].
-        x: α_x > 0, a number, or a schedule ``step -> α_x``. None: for each problem the inverse of
-            the curvature of L in x, measured over the first sweeps.
+        x: α_x > 0, a number, or a schedule ``step -> α_x``. None: for each problem 1, or less where
+            the first plain steps would be longer than 1 + ‖x‖.
 
     >>> StepSizes(z=0.8, mu=0.6, x=lambda step: 0.6 if step < 30 else 0.2)  # doctest: +ELLIPSIS
     StepSizes(z=0.8, mu=0.6, x=<function <lambda> at ...>)
@@ -48,7 +48,7 @@ class StepSizes:
 
 @dataclass(frozen=True)
 class Joint:
-    """Iterate z, μ and x at once, one sweep a step, with an accelerator (the default solver).
+    """Iterate z, μ and x at once, one sweep a step, with an accelerator.
 
     Args:
         accelerator: ``Anderson(...)``, ``Broyden(...)``, ``Picard(...)`` or your own, on the
@@ -74,21 +74,22 @@ class Joint:
     steps: StepSizes = field(default_factory=StepSizes)
 
     def __post_init__(self) -> None:
-        if isinstance(self.accelerator, type) or not isinstance(self.accelerator, Accelerator):
-            raise TypeError(
-                "Joint(accelerator=...) must have the methods init(v) and step(state, v, Fv); got "
-                f"{self.accelerator!r}."
-            )
+        check_accelerator("Joint accelerator", self.accelerator)
         if not isinstance(self.steps, StepSizes):
             raise TypeError(f"Joint(steps=...) must be StepSizes(...); got {self.steps!r}.")
 
+    @property
+    def initial_sweeps(self) -> int:
+        """Every sweep is a step."""
+        return 0
+
     def init(self, kkt: KKT, start: Point) -> tuple[Point, JointState]:
-        alpha = torch.ones_like(start.x[:, :1])
-        state = JointState(kkt, alpha, start.z.shape[1])
+        pairing = SwapPairing(start.z.shape[1], self.steps.z, torch.ones_like(start.x[:, :1]))
+        state = JointState(pairing)
         v = torch.cat(start, dim=1)
         # The pairing is symmetric, and exact, for equal damping of z and μ and no constraint.
         if kkt.project is None and self.steps.z == self.steps.mu and _is(self.accelerator, Paired):
-            state.inner = self.accelerator.init_paired(v, state.pairing)  # type: ignore[attr-defined]
+            state.inner = self.accelerator.init_paired(v, pairing)  # type: ignore[attr-defined]
         else:
             state.inner = self.accelerator.init(v)
         return start, state
@@ -101,7 +102,7 @@ class Joint:
             state.fit_alpha(point, sweep)
         elif self.steps.x is not None:
             alpha = self.steps.x(state.count) if callable(self.steps.x) else self.steps.x
-            state.alpha = state.shrink * alpha
+            state.alpha = state.shrink * torch.full_like(state.alpha, alpha)
         state.count += 1
         z, mu, x = point
         z_next = z + self.steps.z * (sweep.f - z)
@@ -127,33 +128,38 @@ def _is(accelerator: Accelerator, kind: type) -> bool:
 
 
 @dataclass
+class SwapPairing:
+    """P with P r = α ∇L for the residual r of the iteration damped by α_z = α_μ = α."""
+
+    n: int
+    damping: float  # α
+    alpha: Tensor  # α_x, (B, 1)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        z, mu, x = rows.split([self.n, self.n, rows.shape[1] - 2 * self.n], dim=1)
+        return torch.cat((mu, z, -x * (self.damping / self.alpha)), dim=1)
+
+
+@dataclass
 class JointState:
     """Step sizes in x, ``(B, 1)``, and the accelerator's state."""
 
-    kkt: KKT
-    alpha: Tensor
-    n: int
+    pairing: SwapPairing  # owns the step sizes; apart from this state, so that no cycle forms
     inner: Any = None
     count: int = 0
-    last: tuple[Tensor, Tensor] | None = None
     shrink: Tensor | float = 1.0
 
-    def fit_alpha(self, point: Point, sweep: Sweep) -> None:
-        """α_x = ‖dx‖ / ‖dg‖ of the last step, and a step of at most 1 + ‖x‖."""
-        x, g = point.x, sweep.grad
-        if self.last is not None:
-            dx, dg = norm(x - self.last[0]), norm(g - self.last[1])
-            seen = (dx > 0) & (dg > 0) & torch.isfinite(dg)
-            ratio = torch.where(seen, dx, 1.0) / torch.where(seen, dg, 1.0)
-            ratio = ratio.clamp(1e-4, 10.0)[:, None].to(self.alpha.dtype)
-            self.alpha = torch.where(seen[:, None], ratio, self.alpha)
-        self.last = (x, g)
-        size = norm(g)
-        positive = (size > 0) & torch.isfinite(size)
-        longest = torch.where(positive, (1 + norm(x)) / torch.where(positive, size, 1.0), 10.0)
-        self.alpha = torch.minimum(self.alpha, longest[:, None].to(self.alpha.dtype))
+    @property
+    def alpha(self) -> Tensor:
+        return self.pairing.alpha
 
-    def pairing(self, rows: Tensor) -> Tensor:
-        """Swaps the z and μ blocks and divides the x block by −α_x."""
-        z, mu, x = rows.split([self.n, self.n, rows.shape[1] - 2 * self.n], dim=1)
-        return torch.cat((mu, z, -x / self.alpha), dim=1)
+    @alpha.setter
+    def alpha(self, value: Tensor) -> None:
+        self.pairing.alpha = value
+
+    def fit_alpha(self, point: Point, sweep: Sweep) -> None:
+        """α_x = 1, or less where a plain step would be longer than 1 + ‖x‖."""
+        reach, size = 1 + norm(point.x), norm(sweep.grad)
+        long = (size > reach) & torch.isfinite(size)
+        share = torch.where(long, reach / torch.where(long, size, 1.0), 1.0)
+        self.alpha = torch.minimum(self.alpha, share[:, None].to(self.alpha.dtype))

@@ -1,0 +1,1 @@
+"""Measurements of implicitopt; each module is a command, ``python -m benchmarks.<module>``."""

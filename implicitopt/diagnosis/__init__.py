@@ -1,0 +1,1 @@
+"""What `implicitopt.check` looks at, finds and reports."""

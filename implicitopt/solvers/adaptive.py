@@ -1,0 +1,129 @@
+"""The default: the joint iteration, and one-shot descent for the problems it does not settle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from implicitopt.inputs import check_option
+from implicitopt.kkt import KKT, Point, Sweep, norm
+from implicitopt.solvers.joint import Joint, JointState
+from implicitopt.solvers.one_shot import OneShot, OneShotState
+
+__all__ = ["Adaptive", "AdaptiveState"]
+
+#: A problem stays with the joint iteration while each ``patience`` steps bring its lowest KKT
+#: residual below this share of what it was.
+SHARE = 0.3
+#: A state residual at which an iterate's loss means something.
+FEASIBLE = 5e-2
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """``Joint`` first, then ``OneShot`` for each problem that ``Joint`` makes no headway on.
+
+    The joint iteration needs the fewest sweeps near a solution and has no step control; the
+    one-shot iteration descends from anywhere and needs more. Every ``patience`` steps a problem
+    whose lowest KKT residual has not fallen enough since the last look goes on with ``one_shot``,
+    from its lowest loss so far; the others, and its neighbours, do not notice.
+
+    Args:
+        joint, one_shot: the two solvers.
+        patience: steps between looks; the first one comes after two of them.
+
+    >>> import torch, implicitopt
+    >>> sol = implicitopt.solve(
+    ...     lambda z, x: torch.tanh(0.5 * z + x), lambda z, x: ((z - 0.3) ** 2).sum(-1),
+    ...     torch.zeros(2, 3), solver=implicitopt.Adaptive(patience=20),
+    ... )
+    >>> sol.converged.tolist()
+    [True, True]
+    """
+
+    joint: Joint = field(default_factory=Joint)
+    one_shot: OneShot = field(default_factory=OneShot)
+    patience: int = 24
+
+    def __post_init__(self) -> None:
+        for name, value, kind in (
+            ("joint", self.joint, Joint),
+            ("one_shot", self.one_shot, OneShot),
+        ):
+            if not isinstance(value, kind):
+                raise TypeError(
+                    f"Adaptive({name}=...) must be {kind.__name__}(...); got {value!r}."
+                )
+        check_option("Adaptive patience", self.patience, int, least=1)
+
+    @property
+    def initial_sweeps(self) -> int:
+        """Every sweep is a step."""
+        return 0
+
+    def init(self, kkt: KKT, start: Point) -> tuple[Point, AdaptiveState]:
+        _, joint = self.joint.init(kkt, start)
+        infinite = torch.full_like(norm(start.x), float("inf"))
+        none = torch.zeros_like(infinite, dtype=torch.bool)
+        return start, AdaptiveState(joint, start, infinite, infinite, infinite, none)
+
+    def step(
+        self, kkt: KKT, point: Point, sweep: Sweep, state: AdaptiveState
+    ) -> tuple[Point, AdaptiveState]:
+        state.count += 1
+        state.look(kkt, point, sweep)
+        moved, state.joint = self.joint.step(kkt, point, sweep, state.joint)
+        if state.one_shot is not None:
+            other, state.one_shot = self.one_shot.step(kkt, point, sweep, state.one_shot)
+            moved = _where(state.descending, other, moved)
+        if state.count % self.patience == 0:
+            moved = self._choose(kkt, moved, state)
+        return moved, state
+
+    def _choose(self, kkt: KKT, moved: Point, state: AdaptiveState) -> Point:
+        """Send the problems without headway over to the one-shot iteration."""
+        stuck = ~state.descending & (state.lowest > SHARE * state.before)
+        state.before = state.lowest
+        if not bool(stuck.any()):  # a host sync, every ``patience`` steps
+            return moved
+        if state.one_shot is None:
+            _, state.one_shot = self.one_shot.init(kkt, state.best)
+        state.one_shot = self.one_shot.enter(state.one_shot, stuck, state.best)
+        state.descending = state.descending | stuck
+        return _where(stuck, state.best, moved)
+
+    def restart(self, state: AdaptiveState, mask: Tensor) -> AdaptiveState:
+        state.joint = self.joint.restart(state.joint, mask)
+        if state.one_shot is not None:
+            state.one_shot = self.one_shot.restart(state.one_shot, mask)
+        return state
+
+
+def _where(mask: Tensor, new: Point, old: Point) -> Point:
+    return Point(*(torch.where(mask[:, None], a, b) for a, b in zip(new, old, strict=True)))
+
+
+@dataclass
+class AdaptiveState:
+    """Both solvers' states, and per problem what the choice between them needs."""
+
+    joint: JointState
+    best: Point  # lowest loss so far at a small state residual
+    score: Tensor  # its loss, plus |μᵀ(f − z)|
+    lowest: Tensor  # lowest KKT residual so far
+    before: Tensor  # ``lowest`` at the last look
+    descending: Tensor  # (B,) bool: gone over to the one-shot iteration
+    one_shot: OneShotState | None = None  # made when the first problem goes over
+    count: int = 0
+
+    def look(self, kkt: KKT, point: Point, sweep: Sweep) -> None:
+        residuals = kkt.residuals(point, sweep)
+        slack = (point.mu * (sweep.f - point.z)).sum(dim=1).abs()
+        score = (sweep.value + slack).to(self.score.dtype)
+        better = (residuals.z <= FEASIBLE) & (score < self.score)
+        self.best = _where(better, Point(sweep.f, sweep.mu, point.x), self.best)
+        self.score = torch.where(better, score, self.score)
+        lower = residuals.total < self.lowest
+        self.lowest = torch.where(lower, residuals.total, self.lowest)
