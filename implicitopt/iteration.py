@@ -172,14 +172,12 @@ class _Record:
             value=pick(new.value, kept.value),
             residual=pick(total, kept.residual),
             state_residual=pick(new.residuals.z, kept.state_residual),
-            lowest_score=torch.minimum(
-                kept.lowest_score, pick(new.value + new.slack, kept.lowest_score)
-            ),
+            score=pick(new.value + new.slack, kept.score),
             lowest_residual=torch.minimum(kept.lowest_residual, seen),
         )
 
     def _stalled(self, new: Candidate, running: Tensor) -> Tensor:
-        total, score = new.residuals.total, self.kept.lowest_score
+        total, score = new.residuals.total, self.kept.score
         fell = score < self.mark_score - 1e-4 * (1e-8 + self.mark_score.abs())
         fell = fell | ~torch.isfinite(self.mark_score)
         improved = (total < 0.9 * self.mark) | fell

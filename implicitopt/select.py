@@ -34,7 +34,7 @@ class Kept(NamedTuple):
     value: Tensor  #: loss of the iterate kept
     residual: Tensor  #: its relative KKT residual
     state_residual: Tensor  #: its relative state residual
-    lowest_score: Tensor  #: lowest value + slack of the iterates kept so far
+    score: Tensor  #: its value + slack
     lowest_residual: Tensor  #: lowest relative KKT residual of all iterates seen
 
 
@@ -58,7 +58,7 @@ class Best:
     to rounding, the smallest KKT residual.
     """
 
-    small: float = 1e-2
+    small: float = 0.1
 
     def __post_init__(self) -> None:
         if not self.small > 0:
@@ -67,8 +67,8 @@ class Best:
     def __call__(self, new: Candidate, kept: Kept) -> Tensor:
         score = new.value + new.slack
         rounding = torch.finfo(score.dtype).eps ** 0.75 * (1 + new.value.abs())
-        tie = (score - kept.lowest_score).abs() <= rounding
-        better = torch.where(tie, new.residuals.total < kept.residual, score < kept.lowest_score)
+        tie = (score - kept.score).abs() <= rounding
+        better = torch.where(tie, new.residuals.total < kept.residual, score < kept.score)
         feasible, was_feasible = new.residuals.z <= self.small, kept.state_residual <= self.small
         nearer = new.residuals.z < kept.state_residual
         return torch.where(was_feasible, feasible & better, feasible | nearer)

@@ -192,10 +192,10 @@ BAD = [
     ("radii do not fit", {"project": implicitopt.L2Ball(torch.ones(3))}, ValueError,
      r"radius must have shape \(\) or \(4,\)", r"got \(3,\)", "as many values as x has problems"),
     # options
-    ("solver is unknown", {"solver": "newton"}, TypeError, r"solver must be Joint", "'newton'", ""),
+    ("solver is unknown", {"solver": "newton"}, TypeError, r"solver must be Adaptive", "'newton'", ""),
     ("solver is a class", {"solver": implicitopt.Joint}, TypeError,
-     "solver must be Joint", "got <class", ""),
-    ("solver is anything", {"solver": Duck()}, TypeError, "solver must be Joint", "got <", ""),
+     "solver must be Adaptive", "got <class", ""),
+    ("solver is anything", {"solver": Duck()}, TypeError, "solver must be Adaptive", "got <", ""),
     ("adjoint is unknown", {"adjoint": "implicit"}, TypeError,
      r"adjoint must be Envelope\(\)", "'implicit'", ""),
     ("adjoint is a class", {"adjoint": implicitopt.Implicit}, TypeError,

@@ -11,7 +11,6 @@ from families import F64, LinearQuadratic, worst
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import implicitopt
 from implicitopt import (
     Adaptive,
     Anderson,
@@ -34,12 +33,12 @@ SIMULTANEOUS = {
     "joint, damped": Joint(steps=StepSizes(z=0.8, mu=0.6, x=0.2)),
     "one-shot": OneShot(),
 }
-# A bare inner solve to 1e-9: a gradient is as accurate as its equilibrium.
-exact = partial(Nested, inner_steps=60, inner_tol=1e-9)
 NESTED = {
-    "adam": exact(partial(torch.optim.Adam, lr=0.1)),
-    "gradient": exact(partial(ProjectedGradient, lr=0.3, normalize=False)),
+    "adam": Nested(partial(torch.optim.Adam, lr=0.1)),
+    "gradient": Nested(partial(ProjectedGradient, lr=0.3, normalize=False)),
 }
+# The gradient a line search sees is as accurate as the equilibrium it is taken at.
+exact = partial(Nested, inner_steps=200, inner_tol=1e-12)
 LBFGS = exact(partial(torch.optim.LBFGS, lr=1.0, max_iter=5, line_search_fn="strong_wolfe"))
 SOLVERS = {**SIMULTANEOUS, **NESTED}
 
@@ -52,7 +51,7 @@ each_simultaneous = pytest.mark.parametrize(
 def precision(solver) -> dict[str, float]:
     """Limits a solver can meet, first-order ones more loosely."""
     if isinstance(solver, Nested):
-        return {"tol": 1e-5, "max_steps": 400}
+        return {"tol": 1e-3 if solver is NESTED["adam"] else 1e-5, "max_steps": 400}
     return {"tol": 1e-9, "max_steps": 400}
 
 
@@ -85,14 +84,14 @@ def test_the_closed_form_of_a_linear_quadratic_problem(solver, seed):
     assert sol.converged.all(), sol
     bound = limits["tol"] * 10 * problem.sensitivity()
     assert worst((sol.x, sol.z, sol.mu), (known.x, known.z, known.mu)) <= bound
-    assert torch.allclose(sol.value, known.value, rtol=1e-5)
+    assert torch.allclose(sol.value, known.value, rtol=limits["tol"])
 
 
 def test_lbfgs_on_a_single_problem():
     problem = quadratic(batch=1)
-    sol = solve(problem.f, problem.loss, *problem.start(), solver=LBFGS, tol=1e-7)
+    sol = solve(problem.f, problem.loss, *problem.start(), solver=LBFGS, tol=1e-6)
     assert sol.converged.all()
-    assert worst((sol.x,), (problem.known().x,)) <= 1e-6 * problem.sensitivity()
+    assert worst((sol.x,), (problem.known().x,)) <= 1e-5 * problem.sensitivity()
 
 
 @each_solver
@@ -142,7 +141,7 @@ def test_a_loss_of_shape_none_is_one_problem(solver):
     assert sol.converged
     known = problem.known()
     assert worst((sol.x,), (known.x,)) <= 30 * limits["tol"] * problem.sensitivity()
-    assert sol.value.item() == pytest.approx(known.value.sum().item(), rel=1e-5)
+    assert sol.value.item() == pytest.approx(known.value.sum().item(), rel=limits["tol"])
 
 
 @each_solver
@@ -217,7 +216,7 @@ def test_nested_gradient_descent_is_gradient_descent_on_the_reduced_loss():
         x = x - 0.1 * (x @ H + q)
     sol = solve(
         problem.f, problem.loss, *problem.start(), max_steps=5, tol=0.0, select="last",
-        solver=exact(partial(torch.optim.SGD, lr=0.1), inner_tol=1e-12, inner_steps=200),
+        solver=exact(partial(torch.optim.SGD, lr=0.1)),
     )  # fmt: skip
     assert torch.allclose(sol.x, x, rtol=1e-9, atol=1e-9)
 
@@ -272,7 +271,7 @@ def test_every_iterate_is_feasible_mixed_or_not(solver, project):
             max_steps=max_steps, select="last",
         ).x  # fmt: skip
         if isinstance(project, Box):
-            assert -0.1 <= x.min()
+            assert x.min() >= -0.1
             assert x.max() <= 0.15
         else:
             assert (x.norm(dim=1) <= 0.2 * (1 + 1e-12)).all()
@@ -296,20 +295,19 @@ def test_every_x_that_f_and_the_loss_see_is_feasible():
 # Adaptive
 
 
-def deadlocked(batch: int = 3):
-    """f = z/2 + x, ℓ = ½ Σ w (z − y)²: by w, Joint solves a problem at once or not at all."""
-    weight = torch.ones(batch, 1, dtype=F64)
-    weight[1] = 400.0
-    y = torch.linspace(-1, 1, batch * 4, dtype=F64).reshape(batch, 4)
+def one_too_curved():
+    """f = 0.1 z + x, ℓ = Σ w (z − y)² / 2: Picard's Joint contracts at w = 1, not at w = 400."""
+    weight = torch.tensor([[1.0], [400.0], [1.0]], dtype=F64)
+    y = torch.linspace(-1, 1, 12, dtype=F64).reshape(3, 4)
 
     def loss(z, x):
-        return 0.5 * (weight * (torch.tanh(z) - 0.5 * y) ** 2).sum(-1) + 0.01 * (x**2).sum(-1)
+        return 0.5 * (weight * (z - y) ** 2).sum(-1) + 0.01 * (x**2).sum(-1)
 
-    return lambda z, x: 0.5 * z + x, loss, torch.zeros(batch, 4, dtype=F64)
+    return lambda z, x: 0.1 * z + x, loss, torch.zeros(3, 4, dtype=F64)
 
 
 def test_adaptive_moves_one_problem_over_and_its_neighbours_do_not_notice(monkeypatch):
-    f, loss, x0 = deadlocked()
+    f, loss, x0 = one_too_curved()
     entered = []
     enter = OneShot.enter
 
@@ -318,18 +316,33 @@ def test_adaptive_moves_one_problem_over_and_its_neighbours_do_not_notice(monkey
         return enter(self, state, mask, at)
 
     monkeypatch.setattr(OneShot, "enter", spy)
-    hopeless = Joint(Picard(), StepSizes(x=0.05))  # diverges at weight 400, converges at 1
-    options = {"tol": 1e-10, "max_steps": 60, "select": "last", "adjoint": None}
-    mixed = solve(f, loss, x0, solver=Adaptive(joint=hopeless, patience=10), **options)
-    assert entered, "no problem went over"
-    moved = torch.stack(entered).any(dim=0)
-    assert moved[1]
-    stayed = ~moved
-    assert stayed.any()
-    alone = solve(f, loss, x0, solver=hopeless, **options)
-    for block in ("x", "z", "mu"):
-        assert torch.equal(getattr(mixed, block)[stayed], getattr(alone, block)[stayed])
-    assert mixed.value[1] < alone.value[1] or not torch.isfinite(alone.value[1])
+    plain = Joint(Picard(), StepSizes(x=0.2))
+    options = {"tol": 1e-8, "max_steps": 200}
+    alone = solve(f, loss, x0, solver=plain, **options)
+    mixed = solve(f, loss, x0, solver=Adaptive(joint=plain, patience=10), **options)
+    assert alone.converged.tolist() == [True, False, True]
+    assert mixed.converged.all(), mixed
+    assert torch.stack(entered).any(dim=0).tolist() == [False, True, False]
+    for block in ("x", "z", "mu", "value", "steps"):
+        assert torch.equal(getattr(mixed, block)[[0, 2]], getattr(alone, block)[[0, 2]])
+
+
+@pytest.mark.parametrize("patience", [3, 1000])
+def test_patience_says_when_adaptive_looks(monkeypatch, patience):
+    looks = []
+    choose = Adaptive._choose
+
+    def spy(self, kkt, moved, state):
+        looks.append(state.count)
+        return choose(self, kkt, moved, state)
+
+    monkeypatch.setattr(Adaptive, "_choose", spy)
+    problem = quadratic()
+    solve(
+        problem.f, problem.loss, *problem.start(), solver=Adaptive(patience=patience), tol=0.0,
+        max_steps=20,
+    )  # fmt: skip
+    assert looks == [step for step in range(1, 20) if step % patience == 0]
 
 
 def test_adaptive_without_a_stuck_problem_is_joint_bit_for_bit():
@@ -370,18 +383,18 @@ def test_adaptive_solves_what_joint_solves():
 
 
 def rosenbrock(batch: int):
-    """z = x at the equilibrium of f = z/2 + x/2, ℓ = 10 (z₁ − z₀²)² + (1 − z₀)²: root (1, 1)."""
+    """z = x at the equilibrium of f = z/2 + x/2; Rosenbrock's valley, with its minimum (1, 1)."""
     start = torch.linspace(-1.5, 1.0, batch, dtype=F64)
 
     def loss(z, x):
-        return 10 * (z[:, 1] - z[:, 0] ** 2) ** 2 + (1 - z[:, 0]) ** 2
+        return 100 * (z[:, 1] - z[:, 0] ** 2) ** 2 + (1 - z[:, 0]) ** 2
 
     return lambda z, x: 0.5 * z + 0.5 * x, loss, torch.stack((start, 1 - start), dim=1)
 
 
 def saturating(batch: int):
-    """Starts where tanh is flat: f = tanh(z/2 + 3x), ℓ = Σ (z − 0.2)² + 1e-3 ‖x‖²."""
-    x0 = torch.linspace(1.0, 3.0, batch, dtype=F64)[:, None].expand(batch, 3).contiguous()
+    """Starts where tanh is nearly flat: f = tanh(z/2 + 3x), ℓ = Σ (z − 0.2)² + 1e-3 ‖x‖²."""
+    x0 = torch.linspace(0.2, 1.2, batch, dtype=F64)[:, None].expand(batch, 3).contiguous()
 
     def loss(z, x):
         return ((z - 0.2) ** 2).sum(-1) + 1e-3 * (x**2).sum(-1)
@@ -394,7 +407,7 @@ def test_one_shot_descends_where_joint_alone_fails(make):
     f, loss, x0 = make(4)
     options = {"tol": 1e-6, "max_steps": 600}
     one_shot = solve(f, loss, x0, solver=OneShot(), **options)
-    joint = solve(f, loss, x0, solver=Joint(steps=StepSizes(x=0.2)), **options)
+    joint = solve(f, loss, x0, solver=Joint(), **options)
     with torch.no_grad():
         z = torch.zeros_like(x0)
         for _ in range(100):
@@ -405,6 +418,18 @@ def test_one_shot_descends_where_joint_alone_fails(make):
     assert not joint.converged.all(), joint
     if make is rosenbrock:
         assert torch.allclose(one_shot.x, torch.ones_like(x0), atol=1e-4)
+
+
+def test_adaptive_descends_where_one_shot_does():
+    f, loss, x0 = rosenbrock(4)
+    assert solve(f, loss, x0, solver=Adaptive(), max_steps=600).converged.all()
+
+
+@pytest.mark.xfail(strict=True, reason="OneShot trusts error estimates from where f was flat")
+def test_one_shot_comes_back_from_a_flat_start():
+    f, loss, x0 = saturating(4)
+    sol = solve(f, loss, x0 + 0.8, solver=OneShot(), max_steps=600)
+    assert sol.converged.all(), sol
 
 
 # Waiting for the device

@@ -64,7 +64,6 @@ CASES = [
 ]
 SLOW = {
     (10, "random", 1): "α_x = 1 from the warm-up: one problem takes 77 sweeps",
-    (64, "random", 0): "α_x = 1 from the warm-up: one problem takes 113 sweeps; 47 at α_x = 0.2",
 }
 
 

@@ -8,15 +8,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from implicitopt.accelerators.protocol import Pairing
 from implicitopt.kkt import norm
 
 __all__ = ["Anderson"]
 
-#: How far, relative to ‖dv_i‖‖dr_j‖ and to themselves, two paired differences may disagree.
-FLOOR, SHARE = 0.1, 0.5
 #: A difference is left out when this share of it, or less, is not a combination of newer ones.
 INDEPENDENT = 3e-2
+#: Up to this many unknowns differences are kept in float64, whatever the dtype: in float32 the
+#: rounding of their products, not of F, would decide the result.
+WIDE = 2048
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,13 @@ class Anderson:
 
     Args:
         kind: "I" or "II".
-        memory: m. None: between 20 and 60, fewer for larger systems.
+        memory: m. None: 60 for up to a thousand unknowns, fewer for more, at least 10.
         ridge: regularization, relative to the scale of the m × m system.
         damping: β in (0, 1], scales the residual that is added.
 
     The m × m systems are formed and solved in float64. Where one fails, that problem takes the
-    plain step v + β r. In a symmetric (KKT) system, differences that contradict the symmetry are
-    out of date, and are left out.
+    plain step v + β r. Type I leaves out differences that are nearly combinations of newer ones:
+    far from a solution these say more about how F has changed since than about F.
 
     Source: Anderson 1965; Fang and Saad 2009 (types I and II); Zhang, O'Donoghue, Boyd 2020
     (safeguards of type I).
@@ -70,25 +70,19 @@ class Anderson:
             raise ValueError(f"Anderson damping must lie in (0, 1]; got {self.damping}")
 
     def init(self, v: Tensor) -> AndersonState:
-        return AndersonState.empty(
-            v, self.memory or min(60, max(20, 500_000 // max(1, v.shape[1])))
-        )
-
-    def init_paired(self, v: Tensor, pairing: Pairing) -> AndersonState:
-        state = self.init(v)
-        state.pairing = pairing
-        return state
+        memory = self.memory or min(60, max(10, 60_000 // max(1, v.shape[1])))
+        return AndersonState.empty(v, memory)
 
     def step(self, state: AndersonState, v: Tensor, Fv: Tensor) -> tuple[Tensor, AndersonState]:
         r = Fv - v
-        state.push(v, r, symmetric=self.kind == "II")
-        S, Y = state.S[:, : state.filled], state.Y[:, : state.filled]
-        if not state.filled:
-            return v + self.damping * r, state
-        c = self._coefficients(state, S, Y, r)
+        state.push(v, r)
         plain = v + self.damping * r
-        step = (c[:, None] @ S + self.damping * (c[:, None] @ Y))[:, 0]
-        mixed = plain - step
+        if not state.filled:
+            return plain, state
+        rhs = state.update_gram(r.to(state.S.dtype), self.kind)
+        c = self._coefficients(state, rhs).to(state.S.dtype)[:, None]
+        S, Y = state.S[:, : state.filled], state.Y[:, : state.filled]
+        mixed = plain - torch.baddbmm(c @ S, c, Y, alpha=self.damping)[:, 0].to(plain.dtype)
         good = torch.isfinite(mixed).all(dim=1, keepdim=True)
         return torch.where(good, mixed, plain), state
 
@@ -96,18 +90,14 @@ class Anderson:
         state.forget(mask)
         return state
 
-    def _coefficients(self, state: AndersonState, S: Tensor, Y: Tensor, r: Tensor) -> Tensor:
+    def _coefficients(self, state: AndersonState, rhs: Tensor) -> Tensor:
         """c, ``(B, m)``: zero for differences left out, and for a problem whose solve failed."""
-        k = state.filled
-        use = state.use[:, :k]
-        gram = state.gram[:, :k, :k]
-        T = Y if self.kind == "II" else S
-        rhs = (T @ r[..., None])[..., 0].double()
+        gram = state.gram[:, : state.filled, : state.filled]
         # Unit rows, so that ridge is relative; a difference left out becomes a row of the identity.
-        length = (state.length_y if self.kind == "II" else state.length_s)[:, :k]
-        use = use & (length > 0)
+        length = state.length[:, : state.filled]
+        use = state.use[:, : state.filled] & (length > 0)
         if self.kind == "I":
-            use = use & state.independent()
+            use = use & state.independent(use)
         unit = torch.where(use, 1 / torch.where(use, length, torch.ones_like(length)), 0.0)
         gram = (
             torch.where(use[:, :, None] & use[:, None], gram, 0.0)
@@ -122,7 +112,7 @@ class Anderson:
         gram = gram + torch.diag_embed(torch.where(use, shift, torch.ones_like(shift)))
         c, info = torch.linalg.solve_ex(gram, rhs[..., None])
         solved = (info == 0)[:, None] & torch.isfinite(c[..., 0]).all(dim=1, keepdim=True)
-        return torch.where(solved, c[..., 0] * unit, 0.0).to(r.dtype)
+        return torch.where(solved, c[..., 0] * unit, 0.0)
 
 
 @dataclass
@@ -132,12 +122,9 @@ class AndersonState:
     S: Tensor  # (B, m, n) differences of v
     Y: Tensor  # (B, m, n) differences of r
     gram: Tensor  # (B, m, m) float64, ⟨t_i, y_j⟩ with t = s (type I) or y (type II)
-    gram_s: Tensor
-    length_s: Tensor  # (B, m) float64 norms
-    length_y: Tensor
-    length_q: Tensor  # of pairing(y)
+    gram_s: Tensor  # (B, m, m) float64, ⟨s_i, s_j⟩ (type I)
+    length: Tensor  # (B, m) float64, ‖t_i‖
     use: Tensor  # (B, m) which differences count
-    pairing: Pairing | None = None
     last: tuple[Tensor, Tensor] | None = None
     fresh: Tensor | None = None  # (B,) problems just restarted: their next difference is void
     pushed: int = 0
@@ -145,15 +132,14 @@ class AndersonState:
     @classmethod
     def empty(cls, v: Tensor, memory: int) -> AndersonState:
         rows, n = v.shape
-        lengths = v.new_zeros(rows, memory, dtype=torch.float64)
+        wide = torch.float64 if n <= WIDE else torch.promote_types(v.dtype, torch.float32)
+        square = v.new_zeros(rows, memory, memory, dtype=torch.float64)
         return cls(
-            S=v.new_zeros(rows, memory, n),
-            Y=v.new_zeros(rows, memory, n),
-            gram=v.new_zeros(rows, memory, memory, dtype=torch.float64),
-            gram_s=v.new_zeros(rows, memory, memory, dtype=torch.float64),
-            length_s=lengths,
-            length_y=lengths.clone(),
-            length_q=lengths.clone(),
+            S=v.new_zeros(rows, memory, n, dtype=wide),
+            Y=v.new_zeros(rows, memory, n, dtype=wide),
+            gram=square,
+            gram_s=square.clone(),
+            length=square[:, 0].clone(),
             use=torch.zeros(rows, memory, dtype=torch.bool, device=v.device),
         )
 
@@ -161,64 +147,57 @@ class AndersonState:
     def filled(self) -> int:
         return min(self.pushed, self.S.shape[1])
 
-    def push(self, v: Tensor, r: Tensor, *, symmetric: bool) -> None:
+    @property
+    def newest(self) -> int:
+        return (self.pushed - 1) % self.S.shape[1]
+
+    def push(self, v: Tensor, r: Tensor) -> None:
         """Take in the newest iterate and residual."""
         if self.last is not None:
-            self._push_difference(v - self.last[0], r - self.last[1], symmetric=symmetric)
+            wide = self.S.dtype
+            s, y = v.to(wide) - self.last[0].to(wide), r.to(wide) - self.last[1].to(wide)
+            sound = torch.isfinite(s).all(dim=1) & torch.isfinite(y).all(dim=1)
+            if self.fresh is not None:
+                sound = sound & ~self.fresh
+                self.fresh = None
+            self.pushed += 1
+            self.S[:, self.newest] = torch.where(sound[:, None], s, torch.zeros_like(s))
+            self.Y[:, self.newest] = torch.where(sound[:, None], y, torch.zeros_like(y))
+            self.use[:, self.newest] = sound
         self.last = (v, r)
 
-    def _push_difference(self, s: Tensor, y: Tensor, *, symmetric: bool) -> None:
-        sound = torch.isfinite(s).all(dim=1) & torch.isfinite(y).all(dim=1)
-        if self.fresh is not None:
-            sound = sound & ~self.fresh
-            self.fresh = None
-        s = torch.where(sound[:, None], s, torch.zeros_like(s))
-        y = torch.where(sound[:, None], y, torch.zeros_like(y))
-        at = self.pushed % self.S.shape[1]
-        self.pushed += 1
-        k = self.filled
-        self.S[:, at], self.Y[:, at] = s, y
-        self.use[:, at] = sound
-        self.length_s[:, at], self.length_y[:, at] = norm(s).double(), norm(y).double()
-        if not symmetric:
-            row = (self.S[:, :k] @ s[..., None])[..., 0].double()
-            self.gram_s[:, :k, at] = row
-            self.gram_s[:, at, :k] = row
-        T = self.Y if symmetric else self.S
-        t = y if symmetric else s
-        self.gram[:, :k, at] = (T[:, :k] @ y[..., None])[..., 0].double()
-        self.gram[:, at, :k] = (self.Y[:, :k] @ t[..., None])[..., 0].double()
-        if self.pairing is not None:
-            self._drop_outdated(s, self.pairing(y), at, k)
+    def update_gram(self, r: Tensor, kind: str) -> Tensor:
+        """The Gram matrices' row and column of the newest difference; returns ⟨t_i, r⟩."""
+        k, at = self.filled, self.newest
+        s, y = self.S[:, at], self.Y[:, at]
+        if kind == "II":
+            products = (self.Y[:, :k] @ torch.stack((y, r), dim=2)).double()
+            self.gram[:, :k, at] = self.gram[:, at, :k] = products[..., 0]
+        else:
+            products = (self.S[:, :k] @ torch.stack((y, s, r), dim=2)).double()
+            self.gram[:, :k, at] = products[..., 0]
+            self.gram[:, at, :k] = (self.Y[:, :k] @ s[..., None])[..., 0].double()
+            self.gram_s[:, :k, at] = self.gram_s[:, at, :k] = products[..., 1]
+        self.length[:, at] = norm(y if kind == "II" else s).double()
+        return products[..., -1]
 
-    def _drop_outdated(self, s: Tensor, q: Tensor, at: int, k: int) -> None:
-        """Leave out what contradicts the newest difference: ⟨s_i, Py⟩ ≠ ⟨s, Py_i⟩ = ⟨Ps, y_i⟩."""
-        assert self.pairing is not None
-        self.length_q[:, at] = norm(q).double()
-        mine = (self.S[:, :k] @ q[..., None])[..., 0].double()
-        theirs = (self.Y[:, :k] @ self.pairing(s)[..., None])[..., 0].double()
-        reach = self.length_s[:, :k] * self.length_q[:, at : at + 1]
-        reach = reach + self.length_q[:, :k] * self.length_s[:, at : at + 1]
-        agree = (mine - theirs).abs() <= SHARE * (mine.abs() + theirs.abs()) + FLOOR * reach
-        self.use[:, :k] &= agree
-
-    def independent(self) -> Tensor:
-        """Which differences are not, nearly, combinations of newer ones; ``(B, filled)``."""
+    def independent(self, use: Tensor) -> Tensor:
+        """Which of the differences in ``use`` are not, nearly, combinations of newer ones."""
         k, m = self.filled, self.S.shape[1]
         newest_first = [(self.pushed - 1 - age) % m for age in range(k)]
         order = torch.tensor(newest_first, device=self.S.device)
         back = torch.argsort(order)
-        use = (self.use & (self.length_s > 0))[:, order]
-        length = torch.where(use, self.length_s[:, order], 1.0)
-        gram = self.gram_s[:, order][:, :, order] / (length[:, :, None] * length[:, None])
+        use = use[:, order]
+        unit = torch.where(use, 1 / torch.where(use, self.length[:, order], 1.0), 0.0)
+        gram = self.gram_s[:, order][:, :, order] * unit[:, :, None] * unit[:, None]
         gram = torch.where(use[:, :, None] & use[:, None], gram, 0.0)
-        eye = torch.eye(k, dtype=gram.dtype, device=gram.device)
-        gram = gram + eye * torch.where(use, 1e-14, 1.0)[:, :, None]
+        gram = gram + torch.diag_embed(torch.where(use, 1e-14, 1.0))
+        # The Cholesky factor's diagonal is each unit difference's distance to the span before it.
         factor, _ = torch.linalg.cholesky_ex(gram)
-        orthogonal = torch.nan_to_num(factor.diagonal(dim1=1, dim2=2))
-        return (orthogonal > INDEPENDENT)[:, back]
+        distance = torch.nan_to_num(factor.diagonal(dim1=1, dim2=2))
+        return (distance > INDEPENDENT)[:, back]
 
     def forget(self, mask: Tensor) -> None:
         """Leave out all differences of the problems in ``mask``, and their next one."""
         self.use &= ~mask[:, None]
-        self.fresh = mask
+        self.fresh = mask if self.fresh is None else self.fresh | mask

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-__all__ = ["Accelerator", "Paired", "Pairing", "Restartable", "check_accelerator"]
-
-#: A symmetric linear map on the rows of a ``(B, n)`` matrix.
-Pairing = Callable[[Tensor], Tensor]
+__all__ = ["Accelerator", "Restartable", "check_accelerator"]
 
 
 @runtime_checkable
@@ -36,19 +32,6 @@ class Restartable(Protocol):
 
     def restart(self, state: Any, mask: Tensor) -> Any:
         """The state with the history of the problems in ``mask``, ``(B,)``, forgotten."""
-        ...
-
-
-@runtime_checkable
-class Paired(Protocol):
-    """An accelerator that makes use of the symmetry of the system it solves.
-
-    With r = F(v) − v, ⟨dv_i, pairing(dr_j)⟩ is symmetric in i and j up to the curvature of F: a
-    difference that breaks the symmetry is out of date.
-    """
-
-    def init_paired(self, v: Tensor, pairing: Pairing) -> Any:
-        """Like ``init``, with the pairing to use from now on."""
         ...
 
 

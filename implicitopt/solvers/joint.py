@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from implicitopt.accelerators.anderson import Anderson
-from implicitopt.accelerators.protocol import Accelerator, Paired, Restartable, check_accelerator
+from implicitopt.accelerators.protocol import Accelerator, Restartable, check_accelerator
 from implicitopt.kkt import KKT, Point, Sweep, norm
 
 __all__ = ["Joint", "StepSizes"]
@@ -84,14 +84,8 @@ class Joint:
         return 0
 
     def init(self, kkt: KKT, start: Point) -> tuple[Point, JointState]:
-        pairing = SwapPairing(start.z.shape[1], self.steps.z, torch.ones_like(start.x[:, :1]))
-        state = JointState(pairing)
-        v = torch.cat(start, dim=1)
-        # The pairing is symmetric, and exact, for equal damping of z and μ and no constraint.
-        if kkt.project is None and self.steps.z == self.steps.mu and _is(self.accelerator, Paired):
-            state.inner = self.accelerator.init_paired(v, pairing)  # type: ignore[attr-defined]
-        else:
-            state.inner = self.accelerator.init(v)
+        state = JointState(torch.ones_like(start.x[:, :1]))
+        state.inner = self.accelerator.init(torch.cat(start, dim=1))
         return start, state
 
     def step(
@@ -118,44 +112,19 @@ class Joint:
     def restart(self, state: JointState, mask: Tensor) -> JointState:
         quarter = torch.where(mask[:, None], 0.25, 1.0).to(state.alpha.dtype)
         state.shrink, state.alpha = state.shrink * quarter, state.alpha * quarter
-        if _is(self.accelerator, Restartable):
-            state.inner = self.accelerator.restart(state.inner, mask)  # type: ignore[attr-defined]
+        if isinstance(self.accelerator, Restartable):
+            state.inner = self.accelerator.restart(state.inner, mask)
         return state
-
-
-def _is(accelerator: Accelerator, kind: type) -> bool:
-    return isinstance(accelerator, kind)
-
-
-@dataclass
-class SwapPairing:
-    """P with P r = α ∇L for the residual r of the iteration damped by α_z = α_μ = α."""
-
-    n: int
-    damping: float  # α
-    alpha: Tensor  # α_x, (B, 1)
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        z, mu, x = rows.split([self.n, self.n, rows.shape[1] - 2 * self.n], dim=1)
-        return torch.cat((mu, z, -x * (self.damping / self.alpha)), dim=1)
 
 
 @dataclass
 class JointState:
     """Step sizes in x, ``(B, 1)``, and the accelerator's state."""
 
-    pairing: SwapPairing  # owns the step sizes; apart from this state, so that no cycle forms
+    alpha: Tensor
     inner: Any = None
     count: int = 0
     shrink: Tensor | float = 1.0
-
-    @property
-    def alpha(self) -> Tensor:
-        return self.pairing.alpha
-
-    @alpha.setter
-    def alpha(self, value: Tensor) -> None:
-        self.pairing.alpha = value
 
     def fit_alpha(self, point: Point, sweep: Sweep) -> None:
         """α_x = 1, or less where a plain step would be longer than 1 + ‖x‖."""

@@ -138,6 +138,7 @@ class OneShotState:
 
     center: Point
     center_grad: Tensor
+    center_tangent: Tensor
     center_value: Tensor  # L, accurate to center_error
     center_error: Tensor
     centered: Tensor  # (B,) bool: False while the center itself is being refined
@@ -156,7 +157,8 @@ class OneShotState:
     rate: Tensor
     grad_factor: Tensor  # error of ∇ₓL over the residual
     value_factor: Tensor  # error of L over the residual's square
-    size: Tensor  # of the projected gradient
+    tangent: Tensor  # ∇ₓL along C
+    size: Tensor  # its norm
 
     @classmethod
     def begin(cls, options: OneShot, start: Point) -> OneShotState:
@@ -164,12 +166,13 @@ class OneShotState:
         no, none = zero > 0, zero.long()
         inner = Anderson("II", memory=options.inner_memory).init(torch.cat(start[:2], dim=1))
         return cls(
-            center=start, center_grad=torch.zeros_like(start.x), center_value=zero,
+            center=start, center_grad=torch.zeros_like(start.x),
+            center_tangent=torch.zeros_like(start.x), center_value=zero,
             center_error=zero, centered=no, radius=1 + norm(start.x),
             accuracy=zero + options.accuracy, rejections=none, sweeps=none, decided=no,
             pairs=Secants.empty(options.memory, start.x, start.x),
             following=Secants.empty(options.memory, start.x, start.z, start.z), inner=inner,
-            grad=torch.zeros_like(start.x), value=zero, residual=zero, rate=zero + 0.5,
+            grad=torch.zeros_like(start.x), tangent=torch.zeros_like(start.x), value=zero, residual=zero, rate=zero + 0.5,
             grad_factor=zero, value_factor=zero, size=zero,
         )  # fmt: skip
 
@@ -190,7 +193,8 @@ class OneShotState:
         self.grad_factor = update(by_grad, self.grad_factor, 0.5)
         self.value_factor = update(by_value, self.value_factor, 0.5)
         self.grad, self.value, self.residual = sweep.grad, value, residual
-        self.size = norm(x - kkt.constrain(x - sweep.grad))
+        self.tangent = _tangent(kkt, x, sweep.grad)
+        self.size = norm(self.tangent)
 
     def judge(self, point: Point) -> tuple[Tensor, Tensor]:
         """Which trials become the center, and which are rejected; the others need more sweeps."""
@@ -209,9 +213,11 @@ class OneShotState:
         judged = torch.maximum(change.abs(), 1e-4 * slope.abs())
         known = value_error + self.center_error <= SHARE_OF_CHANGE * judged
         known = known | (value_error <= 10 * eps * scale)
-        # Near a solution the change of L drowns in rounding: the slope must fall instead.
+        # Near a solution the change of L drowns in rounding: the gradient must fall instead.
         drowned = change.abs() <= eps**0.65 * scale
-        descends = (change <= 1e-4 * slope) | (drowned & (slope_here.abs() <= 0.9 * slope.abs()))
+        flatter = slope_here.abs() <= 0.9 * slope.abs()
+        smaller = self.size <= 0.9 * norm(self.center_tangent)
+        descends = (change <= 1e-4 * slope) | (drowned & (flatter | smaller))
         ready = (accurate & known) | rested | late
         keep = torch.where(self.centered, ready & descends, accurate | rested | late)
         reject = self.centered & ready & ~descends
@@ -221,7 +227,7 @@ class OneShotState:
 
     def learn(self, decided: Tensor, point: Point, sweep: Sweep) -> None:
         """Take curvature pairs and the response of z and μ from an accurate trial, kept or not."""
-        dx, dg = point.x - self.center.x, self.grad - self.center_grad
+        dx, dg = point.x - self.center.x, self.tangent - self.center_tangent
         use = decided & self.centered & self.sound & (norm(dx) > 0)
         curved = (dx * dg).sum(dim=1) > 1e-6 * norm(dx) * norm(dg)
         self.pairs.push(use & curved, dx, dg)
@@ -243,6 +249,7 @@ class OneShotState:
             *(torch.where(mask, a, b) for a, b in zip(new, self.center, strict=True))
         )
         self.center_grad = torch.where(mask, self.grad, self.center_grad)
+        self.center_tangent = torch.where(mask, self.tangent, self.center_tangent)
         self.center_value = torch.where(keep, self.value, self.center_value)
         self.center_error = torch.where(keep, self.value_error, self.center_error)
         self.rejections = torch.where(
@@ -255,13 +262,23 @@ class OneShotState:
 
     def trial(self, kkt: KKT) -> Point:
         """The next point to look at: a step of x from the center, z and μ predicted there."""
-        x, g = self.center.x, self.center_grad
+        x, g = self.center.x, self.center_tangent
         unit = 0.3 * ratio(1 + norm(x), norm(g))
         moved = kkt.constrain(x + clip(self.pairs.quasi_newton(g, unit), self.radius))
-        if kkt.project is not None:
-            plain = kkt.constrain(x + clip(-g * unit[:, None], self.radius))
-            descends = ((moved - x) * g).sum(dim=1) < -1e-4 * norm(moved - x) * norm(g)
+        if kkt.project is not None:  # which bends the step: it must still descend
+            plain = kkt.constrain(x - clip(g * unit[:, None].to(g.dtype), self.radius))
+            slope = ((moved - x) * self.center_grad).sum(dim=1)
+            descends = slope < -1e-4 * norm(moved - x) * norm(g)
             moved = torch.where(descends[:, None], moved, plain)
         moved = torch.where(self.centered[:, None], moved, x)
         dz, dmu = self.following.predict(moved - x)
         return Point(self.center.z + dz, self.center.mu + dmu, moved)
+
+
+def _tangent(kkt: KKT, x: Tensor, grad: Tensor) -> Tensor:
+    """∇ₓL where x is free, and its part along the boundary of C where −∇ₓL points out of it."""
+    if kkt.project is None:
+        return grad
+    reach = (1e-2 * ratio(1 + norm(x), norm(grad)))[:, None].to(x.dtype)
+    moved = kkt.constrain(x - reach * grad)
+    return torch.where(reach > 0, (x - moved) / torch.where(reach > 0, reach, 1.0), grad)

@@ -52,19 +52,17 @@ class Secants:
         memory = self.rings[0].shape[1]
         slot = ((self.count - 1 - age) % memory)[:, None, None]
         there = (self.count > age)[:, None]
-        return [
-            torch.where(there, ring.gather(1, slot.expand(-1, 1, ring.shape[2]))[:, 0], 0.0)
-            for ring in self.rings
-        ]
+        found = [ring.gather(1, slot.expand(-1, 1, ring.shape[2]))[:, 0] for ring in self.rings]
+        return [torch.where(there, row, torch.zeros_like(row)) for row in found]
 
     def quasi_newton(self, g: Tensor, scale: Tensor) -> Tensor:
         """−H g by the L-BFGS two-loop recursion over the pairs (dx, dg), H₀ = ``scale`` at first.
 
         Source: Nocedal and Wright, "Numerical optimization", algorithm 7.4.
         """
-        q, terms = g, []
+        q, terms = g.to(scale.dtype), []
         for age in range(self.rings[0].shape[1]):
-            s, y = self.newest(age)
+            s, y = (row.to(scale.dtype) for row in self.newest(age))
             inverse = ratio(torch.ones_like(scale), (s * y).sum(dim=1))
             a = inverse * (s * q).sum(dim=1)
             q = q - a[:, None] * y
@@ -74,7 +72,7 @@ class Secants:
         q = q * torch.where(fitted > 0, fitted, scale)[:, None]
         for a, inverse, s, y in reversed(terms):
             q = q + (a - inverse * (y * q).sum(dim=1))[:, None] * s
-        return -q
+        return -q.to(g.dtype)
 
     def predict(self, dx: Tensor) -> list[Tensor]:
         """What the other quantities do when the first moves by ``dx``: least squares."""
