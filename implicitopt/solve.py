@@ -152,8 +152,8 @@ def _check_options(
 ) -> Rule:  # fmt: skip
     if isinstance(solver, type) or not (hasattr(solver, "init") and hasattr(solver, "step")):
         raise TypeError(
-            f"solver must be Adaptive(...), Joint(...), OneShot(...), Nested(...) or an object with their "
-            f"methods; got {solver!r}."
+            "solver must be Adaptive(...), Joint(...), OneShot(...), Nested(...) or an object with "
+            f"their methods; got {solver!r}."
         )
     if isinstance(adjoint, type) or not hasattr(adjoint, "attach"):
         raise TypeError(

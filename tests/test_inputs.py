@@ -192,7 +192,8 @@ BAD = [
     ("radii do not fit", {"project": implicitopt.L2Ball(torch.ones(3))}, ValueError,
      r"radius must have shape \(\) or \(4,\)", r"got \(3,\)", "as many values as x has problems"),
     # options
-    ("solver is unknown", {"solver": "newton"}, TypeError, r"solver must be Adaptive", "'newton'", ""),
+    ("solver is unknown", {"solver": "newton"}, TypeError,
+     "solver must be Adaptive", "'newton'", ""),
     ("solver is a class", {"solver": implicitopt.Joint}, TypeError,
      "solver must be Adaptive", "got <class", ""),
     ("solver is anything", {"solver": Duck()}, TypeError, "solver must be Adaptive", "got <", ""),

@@ -79,10 +79,6 @@ WORK = {
 }
 
 
-# JointState.inner.pairing is a bound method of that JointState: the accelerator's history, the
-# largest thing a solve makes, waits for the collector. The constraint switches the pairing off.
-
-
 def run(work: Callable[[TanhProblem], None], times: int) -> None:
     for _ in range(times):
         # Drawn anew: its λ is computed by a graph that the first backward pass frees.

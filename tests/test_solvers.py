@@ -353,9 +353,6 @@ def test_adaptive_without_a_stuck_problem_is_joint_bit_for_bit():
     assert torch.equal(adaptive.steps, joint.steps)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="OneShot stalls at slow linear equilibria, and Adaptive hands them to it"
-)
 def test_adaptive_solves_what_joint_solves():
     """A convex problem on whose way GMRES-like methods rest for longer than ``patience``."""
     generator = torch.Generator().manual_seed(1)
@@ -425,7 +422,6 @@ def test_adaptive_descends_where_one_shot_does():
     assert solve(f, loss, x0, solver=Adaptive(), max_steps=600).converged.all()
 
 
-@pytest.mark.xfail(strict=True, reason="OneShot trusts error estimates from where f was flat")
 def test_one_shot_comes_back_from_a_flat_start():
     f, loss, x0 = saturating(4)
     sol = solve(f, loss, x0 + 0.8, solver=OneShot(), max_steps=600)

@@ -18,7 +18,7 @@ __all__ = ["Adaptive", "AdaptiveState"]
 #: residual below this share of what it was.
 SHARE = 0.3
 #: A state residual at which an iterate's loss means something.
-FEASIBLE = 5e-2
+FEASIBLE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Adaptive:
 
     joint: Joint = field(default_factory=Joint)
     one_shot: OneShot = field(default_factory=OneShot)
-    patience: int = 24
+    patience: int = 32
 
     def __post_init__(self) -> None:
         for name, value, kind in (

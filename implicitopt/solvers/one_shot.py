@@ -172,8 +172,8 @@ class OneShotState:
             accuracy=zero + options.accuracy, rejections=none, sweeps=none, decided=no,
             pairs=Secants.empty(options.memory, start.x, start.x),
             following=Secants.empty(options.memory, start.x, start.z, start.z), inner=inner,
-            grad=torch.zeros_like(start.x), tangent=torch.zeros_like(start.x), value=zero, residual=zero, rate=zero + 0.5,
-            grad_factor=zero, value_factor=zero, size=zero,
+            grad=torch.zeros_like(start.x), tangent=torch.zeros_like(start.x), value=zero,
+            residual=zero, rate=zero + 0.5, grad_factor=zero, value_factor=zero, size=zero,
         )  # fmt: skip
 
     def measure(self, kkt: KKT, point: Point, sweep: Sweep) -> None:
@@ -204,6 +204,9 @@ class OneShotState:
         value_error = self.value_factor * self.residual**2 * q**2 / (1 - q**2)
         self.value_error = value_error
         accurate = (self.grad_factor > 0) & (grad_error <= self.accuracy * self.size)
+        # Factors measured at another x hold for small residuals.
+        near = self.residual <= 0.1 * (1 + norm(point.z) + norm(point.mu))
+        accurate &= (self.sweeps > 0) | (self.centered & near)
         rested = self.residual == 0
         late = self.sweeps >= MOST_SWEEPS
         dx = point.x - self.center.x
