@@ -17,6 +17,9 @@ __all__ = ["Joint", "StepSizes"]
 
 #: Plain steps at the start, from which the step size in x is set.
 WARMUP = 2
+#: The step size in x that those start from. With 1, easy problems take twice the sweeps because the
+#: first steps saturate f; with 0.2 or less, well-conditioned ones take a third more.
+LONGEST = 0.4
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,8 @@ class StepSizes:
 
     Args:
         z, mu: α_z and α_μ in (0, 1].
-        x: α_x > 0, a number, or a schedule ``step -> α_x``. None: for each problem 1, or less where
-            the first plain steps would be longer than 1 + ‖x‖.
+        x: α_x > 0, a number, or a schedule ``step -> α_x``. None: for each problem 0.4, or less
+            where the first plain steps would be longer than 1 + ‖x‖.
 
     >>> StepSizes(z=0.8, mu=0.6, x=lambda step: 0.6 if step < 30 else 0.2)  # doctest: +ELLIPSIS
     StepSizes(z=0.8, mu=0.6, x=<function <lambda> at ...>)
@@ -84,7 +87,7 @@ class Joint:
         return 0
 
     def init(self, kkt: KKT, start: Point) -> tuple[Point, JointState]:
-        state = JointState(torch.ones_like(start.x[:, :1]))
+        state = JointState(torch.full_like(start.x[:, :1], LONGEST))
         state.inner = self.accelerator.init(torch.cat(start, dim=1))
         return start, state
 
@@ -127,7 +130,7 @@ class JointState:
     shrink: Tensor | float = 1.0
 
     def fit_alpha(self, point: Point, sweep: Sweep) -> None:
-        """α_x = 1, or less where a plain step would be longer than 1 + ‖x‖."""
+        """α_x as it is, or less where a plain step would be longer than 1 + ‖x‖."""
         reach, size = 1 + norm(point.x), norm(sweep.grad)
         long = (size > reach) & torch.isfinite(size)
         share = torch.where(long, reach / torch.where(long, size, 1.0), 1.0)
