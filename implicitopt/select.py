@@ -58,7 +58,7 @@ class Best:
     to rounding, the smallest KKT residual.
     """
 
-    small: float = 1e-2
+    small: float = 0.1
 
     def __post_init__(self) -> None:
         if not self.small > 0:
