@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from implicitopt.kkt import KKT, Point, Residuals, Sweep
+from implicitopt.kkt import KKT, Point, Residuals, Sweep, choose
 from implicitopt.select import Candidate, Kept, Rule
 from implicitopt.solution import History, Status
 
@@ -94,13 +94,9 @@ def iterate(
             break
         moved, state = solver.step(kkt, point, sweep, state)
         state = solver.restart(state, lost)
-        point = _where(record.active, moved, point)
-        point = _where(lost, record.point, point)
+        point = choose(record.active, moved, point)
+        point = choose(lost, record.point, point)
     return record.outcome(initial)
-
-
-def _where(mask: Tensor, new: Point, old: Point) -> Point:
-    return Point(*(torch.where(mask[:, None], a, b) for a, b in zip(new, old, strict=True)))
 
 
 class _Record:
@@ -164,7 +160,7 @@ class _Record:
             return torch.where(keep, a, b)
 
         kept, total = self.kept, new.residuals.total
-        self.point = _where(keep, point, self.point)
+        self.point = choose(keep, point, self.point)
         self.value = pick(value, self.value)
         self.residuals = Residuals(*map(pick, new.residuals, self.residuals))
         seen = torch.where(torch.isfinite(total), total, kept.lowest_residual)

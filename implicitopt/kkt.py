@@ -25,7 +25,7 @@ from torch import Tensor
 
 from implicitopt.tree import Layout, Tree
 
-__all__ = ["KKT", "Point", "Residuals", "Sweep", "Work", "norm"]
+__all__ = ["KKT", "Point", "Residuals", "Sweep", "Work", "choose", "norm"]
 
 
 class Point(NamedTuple):
@@ -74,6 +74,11 @@ def norm(rows: Tensor) -> Tensor:
     """Euclidean norm of each row, in at least float32; ``(B, n) -> (B,)``."""
     wide = torch.float32 if rows.dtype in (torch.float16, torch.bfloat16) else None
     return cast(Tensor, torch.linalg.vector_norm(rows, dim=1, dtype=wide))
+
+
+def choose(mask: Tensor, new: Point, old: Point) -> Point:
+    """``new`` for the problems in ``mask``, ``(B,)``, and ``old`` for the others."""
+    return Point(*(torch.where(mask[:, None], a, b) for a, b in zip(new, old, strict=True)))
 
 
 @dataclass

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from implicitopt.kkt import Residuals, Work
@@ -134,8 +133,3 @@ class Solution:
             f"KKT residual {self.residuals.total.max().item():.1e} at worst, "
             f"steps {self.steps.max().item()}, sweeps {self.sweeps.vjp})"
         )
-
-
-def failed(status: Tensor) -> Tensor:
-    """Which problems have no finite solution to differentiate at."""
-    return status == torch.full_like(status, Status.NONFINITE)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from implicitopt.inputs import check_option
-from implicitopt.kkt import KKT, Point, Sweep, norm
+from implicitopt.kkt import KKT, Point, Sweep, choose, norm
 from implicitopt.solvers.joint import Joint, JointState
 from implicitopt.solvers.one_shot import OneShot, OneShotState
 
@@ -77,7 +77,7 @@ class Adaptive:
         moved, state.joint = self.joint.step(kkt, point, sweep, state.joint)
         if state.one_shot is not None:
             other, state.one_shot = self.one_shot.step(kkt, point, sweep, state.one_shot)
-            moved = _where(state.descending, other, moved)
+            moved = choose(state.descending, other, moved)
         if state.count % self.patience == 0:
             moved = self._choose(kkt, moved, state)
         return moved, state
@@ -92,17 +92,13 @@ class Adaptive:
             _, state.one_shot = self.one_shot.init(kkt, state.best)
         state.one_shot = self.one_shot.enter(state.one_shot, stuck, state.best)
         state.descending = state.descending | stuck
-        return _where(stuck, state.best, moved)
+        return choose(stuck, state.best, moved)
 
     def restart(self, state: AdaptiveState, mask: Tensor) -> AdaptiveState:
         state.joint = self.joint.restart(state.joint, mask)
         if state.one_shot is not None:
             state.one_shot = self.one_shot.restart(state.one_shot, mask)
         return state
-
-
-def _where(mask: Tensor, new: Point, old: Point) -> Point:
-    return Point(*(torch.where(mask[:, None], a, b) for a, b in zip(new, old, strict=True)))
 
 
 @dataclass
@@ -123,7 +119,7 @@ class AdaptiveState:
         slack = (point.mu * (sweep.f - point.z)).sum(dim=1).abs()
         score = (sweep.value + slack).to(self.score.dtype)
         better = (residuals.z <= FEASIBLE) & (score < self.score)
-        self.best = _where(better, Point(sweep.f, sweep.mu, point.x), self.best)
+        self.best = choose(better, Point(sweep.f, sweep.mu, point.x), self.best)
         self.score = torch.where(better, score, self.score)
         lower = residuals.total < self.lowest
         self.lowest = torch.where(lower, residuals.total, self.lowest)
