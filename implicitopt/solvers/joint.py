@@ -11,15 +11,19 @@ from torch import Tensor
 
 from implicitopt.accelerators.anderson import Anderson
 from implicitopt.accelerators.protocol import Accelerator, Restartable, check_accelerator
+from implicitopt.inputs import check_option
 from implicitopt.kkt import KKT, Point, Sweep, norm
 
 __all__ = ["Joint", "StepSizes"]
 
 #: Plain steps at the start, from which the step size in x is set.
 WARMUP = 2
-#: The step size in x that those start from. Less (0.2 to 0.4) takes a third fewer sweeps on easy
-#: maps that the first steps would saturate, and more on badly conditioned ones.
+#: The step size in x that those start from.
 LONGEST = 1.0
+#: How far a step may go, as a share of 1 + ‖(z, μ, x)‖, where the step size in x is chosen here.
+REACH = 0.25
+#: A step beyond that may still be this share of the plain one.
+SHARE_OF_PLAIN = 0.5
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,10 @@ class Joint:
         accelerator: ``Anderson(...)``, ``Broyden(...)``, ``Picard(...)`` or your own, on the
             ``(B, 2n + d)`` matrix of the blocks z, μ and x side by side.
         steps: the damping of the three blocks.
+        reach: a step may be this share of 1 + ‖v‖ long, v = (z, μ, x), or half the plain step
+            F(v) − v where that is longer; a longer one is cut. Extrapolation from a nearly
+            singular system would otherwise leave the region that the differences tell of. None:
+            0.25, and no limit where ``steps.x`` is given, so that eq. 11 holds as written.
 
     With a constraint x is projected in the iteration and again after the accelerator's mixing,
     which would leave C. A problem that becomes non-finite goes back to its best iterate with a
@@ -75,11 +83,16 @@ class Joint:
 
     accelerator: Accelerator = field(default_factory=Anderson)
     steps: StepSizes = field(default_factory=StepSizes)
+    reach: float | None = None
 
     def __post_init__(self) -> None:
         check_accelerator("Joint accelerator", self.accelerator)
         if not isinstance(self.steps, StepSizes):
             raise TypeError(f"Joint(steps=...) must be StepSizes(...); got {self.steps!r}.")
+        if self.reach is not None:
+            check_option("Joint reach", self.reach, float)
+            if not self.reach > 0:
+                raise ValueError(f"Joint reach must be positive, or None; got {self.reach}")
 
     @property
     def initial_sweeps(self) -> int:
@@ -105,12 +118,25 @@ class Joint:
         z_next = z + self.steps.z * (sweep.f - z)
         mu_next = mu + self.steps.mu * (sweep.mu - mu)
         x_next = kkt.constrain(x - state.alpha * sweep.grad)
-        if warming:
-            return Point(z_next, mu_next, x_next), state
         v, Fv = torch.cat(point, dim=1), torch.cat((z_next, mu_next, x_next), dim=1)
-        mixed, state.inner = self.accelerator.step(state.inner, v, Fv)
+        if warming:
+            mixed = Fv
+        else:
+            mixed, state.inner = self.accelerator.step(state.inner, v, Fv)
+        mixed = self._within_reach(v, Fv, mixed)
         z_next, mu_next, x_next = mixed.split([z.shape[1], z.shape[1], x.shape[1]], dim=1)
         return Point(z_next, mu_next, kkt.constrain(x_next)), state
+
+    def _within_reach(self, v: Tensor, Fv: Tensor, mixed: Tensor) -> Tensor:
+        """The accelerator's step, cut per problem where it is too long."""
+        if self.reach is None and self.steps.x is not None:
+            return mixed
+        reach = REACH if self.reach is None else self.reach
+        longest = torch.maximum(reach * (1 + norm(v)), SHARE_OF_PLAIN * norm(Fv - v))
+        length = norm(mixed - v)
+        far = (length > longest) & torch.isfinite(length)
+        share = torch.where(far, longest / torch.where(far, length, 1.0), 1.0)[:, None]
+        return torch.where(far[:, None], v + share.to(v.dtype) * (mixed - v), mixed)
 
     def restart(self, state: JointState, mask: Tensor) -> JointState:
         quarter = torch.where(mask[:, None], 0.25, 1.0).to(state.alpha.dtype)

@@ -108,6 +108,7 @@ class OneShot:
     def enter(self, state: OneShotState, mask: Tensor, at: Point) -> OneShotState:
         """Begin anew, for the problems in ``mask``, at the point ``at``."""
         fresh = OneShotState.begin(self, at)
+        fresh.radius *= 0.3  # where another solver has failed steps had better be short
         state = self.restart(state, mask)
         for name in (
             "radius", "accuracy", "rate", "grad_factor", "value_factor", "rejections", "decided"
@@ -168,7 +169,7 @@ class OneShotState:
         return cls(
             center=start, center_grad=torch.zeros_like(start.x),
             center_tangent=torch.zeros_like(start.x), center_value=zero,
-            center_error=zero, centered=no, radius=1 + norm(start.x),
+            center_error=zero, centered=no, radius=0.3 * (1 + norm(start.x)),
             accuracy=zero + options.accuracy, rejections=none, sweeps=none, decided=no,
             pairs=Secants.empty(options.memory, start.x, start.x),
             following=Secants.empty(options.memory, start.x, start.z, start.z), inner=inner,
