@@ -127,9 +127,12 @@ class Solution:
         states = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
         if self.status.numel() == 0:
             return "Solution(no problems)"
-        value = self.value.detach()
+        sound = self.status != Status.NONFINITE
+        measured = "no finite value"
+        if bool(sound.any()):
+            value, residual = self.value.detach()[sound], self.residuals.total[sound]
+            measured = f"value {value.mean():.4g}, KKT residual {residual.max():.1e} at worst"
         return (
-            f"Solution({states}; value {value.mean().item():.4g}, "
-            f"KKT residual {self.residuals.total.max().item():.1e} at worst, "
+            f"Solution({states}; {measured}, "
             f"steps {self.steps.max().item()}, sweeps {self.sweeps.vjp})"
         )

@@ -506,3 +506,14 @@ def test_a_repeated_solve_is_the_same_to_the_bit(solver):
     first, second = (Tanh().solve(solver=solver) for _ in range(2))
     for name, block in blocks(first).items():
         assert torch.equal(block, blocks(second)[name])
+
+
+def test_a_solution_shows_its_sound_problems_beside_a_failed_one():
+    weight = torch.tensor([1.0, math.nan, 1.0], dtype=torch.float64)
+
+    def loss(z, x):
+        return weight * ((z - 1) ** 2).sum(-1) + 3
+
+    sol = solve(lambda z, x: 0.5 * z + x, loss, torch.zeros(3, 2, dtype=torch.float64))
+    assert "CONVERGED 2, NONFINITE 1; value 3, KKT residual" in repr(sol)
+    assert "nan" not in repr(sol)
