@@ -15,7 +15,7 @@ from torch import Tensor
 
 from implicitopt.accelerators.anderson import Anderson, AndersonState
 from implicitopt.inputs import check_option
-from implicitopt.kkt import KKT, Point, Sweep, norm
+from implicitopt.kkt import KKT, Point, Sweep, choose, norm
 from implicitopt.solvers.secants import Secants, clip, ratio
 
 __all__ = ["OneShot", "OneShotState"]
@@ -90,10 +90,7 @@ class OneShot:
         stepped = state.trial(kkt)
         state.decided = decided
         state.sweeps = torch.where(decided, torch.zeros_like(state.sweeps), state.sweeps + 1)
-        mask = decided[:, None]
-        return Point(
-            *(torch.where(mask, a, b) for a, b in zip(stepped, refined, strict=True))
-        ), state
+        return choose(decided, stepped, refined), state
 
     def restart(self, state: OneShotState, mask: Tensor) -> OneShotState:
         """Start over, for the problems in ``mask``, with a quarter of the radius."""
@@ -115,10 +112,7 @@ class OneShot:
         ):  # fmt: skip
             new, old = getattr(fresh, name), getattr(state, name)
             setattr(state, name, torch.where(mask, new, old))
-        rows = mask[:, None]
-        state.center = Point(
-            *(torch.where(rows, a, b) for a, b in zip(at, state.center, strict=True))
-        )
+        state.center = choose(mask, at, state.center)
         return state
 
     def _refine(self, point: Point, sweep: Sweep, state: OneShotState) -> Point:
@@ -248,10 +242,8 @@ class OneShotState:
         stricter = (0.3 * self.accuracy).clamp_min(STRICTEST)
         looser = (2 * self.accuracy).clamp_max(accuracy)
         self.accuracy = torch.where(reject, stricter, torch.where(keep, looser, self.accuracy))
-        mask, new = keep[:, None], Point(sweep.f, sweep.mu, point.x)
-        self.center = Point(
-            *(torch.where(mask, a, b) for a, b in zip(new, self.center, strict=True))
-        )
+        mask = keep[:, None]
+        self.center = choose(keep, Point(sweep.f, sweep.mu, point.x), self.center)
         self.center_grad = torch.where(mask, self.grad, self.center_grad)
         self.center_tangent = torch.where(mask, self.tangent, self.center_tangent)
         self.center_value = torch.where(keep, self.value, self.center_value)
