@@ -1,0 +1,46 @@
+"""The solvers that ``--solver`` names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+import implicitopt
+
+#: The values of ``--solver``.
+SOLVERS = ("default", "joint", "one-shot", "paper", "nested-adam", "nested-pgd")
+
+
+def mnist_steps(step: int) -> float:
+    """The paper's step size in x for its MNIST model: 0.6, later 0.2."""
+    return 0.6 if step < 40 else 0.2
+
+
+def solver(
+    name: str, *, memory: int = 20, x: float | Callable[[int], float] = mnist_steps
+) -> Any | None:
+    """The solver of that name, for ``implicitopt.solve(..., solver=...)``; None: the default one.
+
+    Args:
+        name: one of ``SOLVERS``.
+        memory: of the "paper" solver's Anderson acceleration.
+        x: the "paper" solver's step size in x, a number or a schedule ``step -> α_x``.
+
+    With a "nested" solver ``max_steps`` counts updates of x; with any other, sweeps.
+    """
+    steps = implicitopt.StepSizes(z=0.8, mu=0.6, x=x)
+    paper = implicitopt.Joint(implicitopt.Anderson("I", memory=memory, ridge=0), steps)
+    made = {
+        "default": None,
+        "joint": implicitopt.Joint(),
+        "one-shot": implicitopt.OneShot(),
+        "paper": paper,
+        "nested-adam": implicitopt.Nested(partial(torch.optim.Adam, lr=0.1)),
+        "nested-pgd": implicitopt.Nested(partial(implicitopt.ProjectedGradient, lr=0.2)),
+    }
+    if name not in made:
+        raise ValueError(f"solver must be one of {', '.join(made)}; got {name!r}.")
+    return made[name]
