@@ -83,7 +83,7 @@ class Anderson:
         c = self._coefficients(state, rhs).to(state.S.dtype)[:, None]
         S, Y = state.S[:, : state.filled], state.Y[:, : state.filled]
         mixed = plain - torch.baddbmm(c @ S, c, Y, alpha=self.damping)[:, 0].to(plain.dtype)
-        good = torch.isfinite(mixed).all(dim=1, keepdim=True)
+        good = torch.isfinite(norm(mixed))[:, None]
         return torch.where(good, mixed, plain), state
 
     def restart(self, state: AndersonState, mask: Tensor) -> AndersonState:
@@ -156,7 +156,7 @@ class AndersonState:
         if self.last is not None:
             wide = self.S.dtype
             s, y = v.to(wide) - self.last[0].to(wide), r.to(wide) - self.last[1].to(wide)
-            sound = torch.isfinite(s).all(dim=1) & torch.isfinite(y).all(dim=1)
+            sound = torch.isfinite(norm(s)) & torch.isfinite(norm(y))
             if self.fresh is not None:
                 sound = sound & ~self.fresh
                 self.fresh = None
@@ -171,15 +171,15 @@ class AndersonState:
         k, at = self.filled, self.newest
         s, y = self.S[:, at], self.Y[:, at]
         if kind == "II":
-            products = (self.Y[:, :k] @ torch.stack((y, r), dim=2)).double()
-            self.gram[:, :k, at] = self.gram[:, at, :k] = products[..., 0]
+            products = _products(self.Y[:, :k], y, r)
+            self.gram[:, :k, at] = self.gram[:, at, :k] = products[:, 0]
         else:
-            products = (self.S[:, :k] @ torch.stack((y, s, r), dim=2)).double()
-            self.gram[:, :k, at] = products[..., 0]
-            self.gram[:, at, :k] = (self.Y[:, :k] @ s[..., None])[..., 0].double()
-            self.gram_s[:, :k, at] = self.gram_s[:, at, :k] = products[..., 1]
+            products = _products(self.S[:, :k], y, s, r)
+            self.gram[:, :k, at] = products[:, 0]
+            self.gram[:, at, :k] = _products(self.Y[:, :k], s)[:, 0]
+            self.gram_s[:, :k, at] = self.gram_s[:, at, :k] = products[:, 1]
         self.length[:, at] = norm(y if kind == "II" else s).double()
-        return products[..., -1]
+        return products[:, -1]
 
     def independent(self, use: Tensor) -> Tensor:
         """Which of the differences in ``use`` are not, nearly, combinations of newer ones."""
@@ -201,3 +201,9 @@ class AndersonState:
         """Leave out all differences of the problems in ``mask``, and their next one."""
         self.use &= ~mask[:, None]
         self.fresh = mask if self.fresh is None else self.fresh | mask
+
+
+def _products(window: Tensor, *rows: Tensor) -> Tensor:
+    """⟨row, w_i⟩ of each row with each of the window's, ``(B, rows, m)``, in float64."""
+    # In this order: the transposed product, of the same numbers, takes four times as long.
+    return (torch.stack(rows, dim=1) @ window.mT).double()

@@ -54,7 +54,9 @@ class Broyden:
 
     def init(self, v: Tensor) -> BroydenState:
         rows, n = v.shape
-        return BroydenState(v.new_zeros(rows, self.memory, n), v.new_zeros(rows, self.memory, n))
+        use = torch.zeros(rows, self.memory, dtype=torch.bool, device=v.device)
+        U, W = v.new_zeros(rows, self.memory, n), v.new_zeros(rows, self.memory, n)
+        return BroydenState(U, W, use)
 
     def step(self, state: BroydenState, v: Tensor, Fv: Tensor) -> tuple[Tensor, BroydenState]:
         r = Fv - v
@@ -88,6 +90,7 @@ class Broyden:
         safe = torch.where(sound, denominator, torch.ones_like(denominator))
         state.U[:, at] = torch.where(sound[:, None], u / safe[:, None], torch.zeros_like(u))
         state.W[:, at] = torch.where(sound[:, None], w, torch.zeros_like(w))
+        state.use[:, at] = sound
         state.pushed += 1
 
 
@@ -97,6 +100,7 @@ class BroydenState:
 
     U: Tensor  # (B, m, n)
     W: Tensor  # (B, m, n)
+    use: Tensor  # (B, m) bool: which terms count
     last: tuple[Tensor, Tensor] | None = None
     fresh: Tensor | None = None  # (B,) problems just restarted: their next difference is void
     pushed: int = 0
@@ -111,10 +115,10 @@ class BroydenState:
 
     def _chain(self, left: Tensor, right: Tensor, row: Tensor) -> Tensor:
         k = min(self.pushed, left.shape[1])
-        weights = (left[:, :k] @ row[..., None]).mT
+        weights = row[:, None] @ left[:, :k].mT
+        weights = torch.where(self.use[:, None, :k], weights, 0.0)
         return (weights @ right[:, :k])[:, 0]
 
     def forget(self, mask: Tensor) -> None:
         """H = I for the problems in ``mask``."""
-        self.U = torch.where(mask[:, None, None], torch.zeros_like(self.U), self.U)
-        self.W = torch.where(mask[:, None, None], torch.zeros_like(self.W), self.W)
+        self.use = self.use & ~mask[:, None]

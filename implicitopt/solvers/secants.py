@@ -32,20 +32,16 @@ class Secants:
 
     def push(self, mask: Tensor, *differences: Tensor) -> None:
         """Record a difference of each quantity for the problems in ``mask``."""
-        memory = self.rings[0].shape[1]
-        slot = torch.arange(memory, device=mask.device) == (self.count % memory)[:, None]
-        here = (slot & mask[:, None])[..., None]
-        self.rings = [
-            torch.where(here, new[:, None], ring)
-            for ring, new in zip(self.rings, differences, strict=True)
-        ]
+        slot = (self.count % self.rings[0].shape[1])[:, None, None]
+        for ring, new in zip(self.rings, differences, strict=True):
+            at = slot.expand(-1, 1, ring.shape[2])
+            kept = torch.where(mask[:, None, None], new[:, None], ring.gather(1, at))
+            ring.scatter_(1, at, kept)  # one row of each ring, not all of it
         self.count = self.count + mask
 
     def clear(self, mask: Tensor) -> None:
         """Forget the differences of the problems in ``mask``."""
         self.count = torch.where(mask, torch.zeros_like(self.count), self.count)
-        wipe = mask[:, None, None]
-        self.rings = [torch.where(wipe, torch.zeros_like(ring), ring) for ring in self.rings]
 
     def newest(self, age: int) -> list[Tensor]:
         """The difference ``age`` steps before the last one; zeros where there is none."""
@@ -76,14 +72,16 @@ class Secants:
 
     def predict(self, dx: Tensor) -> list[Tensor]:
         """What the other quantities do when the first moves by ``dx``: least squares."""
-        first = self.rings[0].double()
+        used = torch.arange(self.rings[0].shape[1], device=dx.device) < self.count[:, None]
+        first = torch.where(used[..., None], self.rings[0], 0.0).double()
         length = torch.linalg.vector_norm(first, dim=2)
         unit = ratio(torch.ones_like(length), length)
         first = first * unit[..., None]
         eye = torch.eye(first.shape[1], dtype=first.dtype, device=first.device)
         gram = first @ first.mT + 1e-6 * eye
         c, _ = torch.linalg.solve_ex(gram, first @ dx.double()[..., None])
-        weights = torch.nan_to_num(c[..., 0] * unit).to(dx.dtype)[:, None]
+        weights = torch.nan_to_num(c[..., 0] * unit).to(dx.dtype)
+        weights = torch.where(used, weights, 0.0)[:, None]
         return [(weights @ ring)[:, 0] for ring in self.rings[1:]]
 
 
