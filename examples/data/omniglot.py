@@ -25,9 +25,14 @@ LARGEST = 2**16  # bytes; a published drawing has some hundred
 
 
 def omniglot(
-    folder: str | Path | None, split: Split, size: int = 28, *, quiet: bool = False
+    folder: str | Path | None,
+    split: Split,
+    size: int = 28,
+    limit: int | None = None,
+    *,
+    quiet: bool = False,
 ) -> Characters:
-    """Characters of real and invented alphabets, each drawn by 20 people.
+    """The first ``limit`` characters of real and invented alphabets, each drawn by 20 people.
 
     ``background`` has 964 of 30 alphabets; ``evaluation`` has 659 of 20 others. The drawings are
     resized to ``size`` × ``size``, antialiased.
@@ -48,6 +53,7 @@ def omniglot(
         archive = zipfile.ZipFile(path)
     with archive:
         names = _members(path, archive, split, source.remedy)
+        names = names if limit is None else names[: limit * DRAWERS]
         pixels = torch.empty(len(names), size, size)
         bar = tqdm(names, "omniglot", disable=quiet, leave=False)
         for into, name in zip(pixels, bar, strict=True):

@@ -1,0 +1,25 @@
+"""Few-shot tasks, and the learners that are trained on them."""
+
+from .classifier import TaskClassifier
+from .conditioning import Conditioning, conditioning
+from .equilibrium import Equilibrium, Inner
+from .learner import Learner, accuracies, interval
+from .network import Maml, Prototypes, Reptile, convolutions
+from .tasks import Episode, Tasks
+
+__all__ = [
+    "Conditioning",
+    "Episode",
+    "Equilibrium",
+    "Inner",
+    "Learner",
+    "Maml",
+    "Prototypes",
+    "Reptile",
+    "TaskClassifier",
+    "Tasks",
+    "accuracies",
+    "conditioning",
+    "convolutions",
+    "interval",
+]

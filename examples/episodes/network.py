@@ -1,0 +1,136 @@
+"""The learners to compare with: an ordinary network, adapted by gradient steps or by distance."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.func import functional_call, grad
+
+from .learner import Learner, cross_entropy, share_right
+from .tasks import Episode, Tasks
+
+
+def convolutions(channels: int, ways: int | None, size: int = 28, groups: int = 4) -> nn.Sequential:
+    """The four convolutions that few-shot learners share, and logits if there are ``ways``.
+
+    Group norm stands for the usual batch norm, which would let a task's queries see one another.
+    """
+    layers: list[nn.Module] = []
+    for k in range(4):
+        layers += [
+            nn.Conv2d(channels if k else 1, channels, 3, padding=1),
+            nn.GroupNorm(groups, channels),
+            nn.ReLU(),
+            nn.MaxPool2d(2, ceil_mode=True),
+        ]
+        size = (size + 1) // 2
+    layers.append(nn.Flatten())
+    if ways is not None:
+        layers.append(nn.Linear(channels * size**2, ways))
+    return nn.Sequential(*layers)
+
+
+Weights = dict[str, Tensor]
+
+
+class Gradient(Learner):
+    """A network whose weights take some gradient steps on the support of each task.
+
+    Args:
+        tasks: to train on.
+        network: images to logits.
+        steps: gradient steps on a task.
+        rate: their length.
+    """
+
+    def __init__(self, tasks: Tasks, network: nn.Module, steps: int, rate: float) -> None:
+        super().__init__(tasks)
+        self.network, self.steps, self.rate = network, steps, rate
+
+    def adapted(self, weights: Weights, images: Tensor, labels: Tensor) -> Weights:
+        """The weights after the steps on one task; differentiable in those before."""
+
+        def loss(weights: Weights) -> Tensor:
+            logits = functional_call(self.network, weights, (images,))
+            return cross_entropy(logits[None], labels[None])[0]
+
+        for _ in range(self.steps):
+            slope = grad(loss)(weights)
+            weights = {name: w - self.rate * slope[name] for name, w in weights.items()}
+        return weights
+
+    def logits(self, episode: Episode) -> Tensor:
+        weights, found = dict(self.network.named_parameters()), []
+        support = zip(episode.support, episode.support_labels, episode.query, strict=True)
+        for images, labels, query in support:
+            own = self.adapted(weights, images, labels)
+            found.append(functional_call(self.network, own, (query,)))
+        return torch.stack(found)
+
+
+class Maml(Gradient):
+    """Trained through its gradient steps, second derivatives included.
+
+    Source: Finn, Abbeel, Levine, "Model-agnostic meta-learning", ICML 2017.
+    """
+
+
+class Reptile(Gradient):
+    """Trained to be near the weights that each task leads to, by first derivatives alone.
+
+    The gradient of the surrogate loss ⟨θ, θ − θ'⟩, in which θ' is what the steps on all of a task's
+    images lead to and the difference is a constant, is θ − θ', Reptile's direction. What is
+    reported is the queries' loss at θ'.
+
+    Source: Nichol, Achiam, Schulman, "On first-order meta-learning algorithms", 2018.
+    """
+
+    def loss(self, episode: Episode) -> tuple[Tensor, dict[str, Tensor]]:
+        weights, found = dict(self.network.named_parameters()), []
+        constant = {name: w.detach() for name, w in weights.items()}
+        moved = {name: torch.zeros_like(w) for name, w in constant.items()}
+        for images, labels, query in zip(
+            episode.images, episode.labels, episode.query, strict=True
+        ):
+            own = self.adapted(constant, images, labels)
+            for name, w in own.items():
+                moved[name] += (constant[name] - w) / len(episode)
+            with torch.no_grad():
+                found.append(functional_call(self.network, own, (query,)))
+        logits = torch.stack(found)
+        surrogate = sum((w * moved[name]).sum() for name, w in weights.items())
+        reported = cross_entropy(logits, episode.query_labels).mean()
+        accuracy = share_right(logits, episode.query_labels).mean()
+        return reported + surrogate - surrogate.detach(), {"accuracy": accuracy}
+
+
+class Prototypes(Learner):
+    """A class is the mean of its support's features; a query goes to the nearest.
+
+    Source: Snell, Swersky, Zemel, "Prototypical networks for few-shot learning", NeurIPS 2017.
+
+    Args:
+        tasks: to train on.
+        network: images to features.
+    """
+
+    def __init__(self, tasks: Tasks, network: nn.Module) -> None:
+        super().__init__(tasks)
+        self.network = network
+
+    def features(self, images: Tensor) -> Tensor:
+        """``(T, S, C, H, W)`` to ``(T, S, features)``."""
+        flat = self.network(rearrange(images, "t s c h w -> (t s) c h w"))
+        return rearrange(flat, "(t s) d -> t s d", t=len(images))
+
+    def logits(self, episode: Episode) -> Tensor:
+        support = rearrange(
+            self.features(episode.support), "t (k s) d -> t k s d", k=self.tasks.ways
+        )
+        apart = self.features(episode.query)[:, :, None] - support.mean(dim=2)[:, None]
+        return -apart.square().mean(dim=-1) * SHARPNESS
+
+
+#: Features are normed, so their mean squared distance lies near 1: too flat for a softmax.
+SHARPNESS = 10.0

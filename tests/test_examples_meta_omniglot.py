@@ -1,0 +1,325 @@
+"""Few-shot tasks and their learners, against closed forms, SGD, finite differences, sklearn."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+pytest.importorskip("accelerate")
+pytest.importorskip("einops")
+
+from sklearn.neighbors import NearestCentroid
+
+import episodes
+import meta_omniglot
+from data import Characters
+from episodes import Equilibrium, Inner, Maml, Prototypes, Reptile, TaskClassifier, Tasks
+from experiment import parse
+
+CLASSES, DRAWERS = 12, 20
+
+
+def coded(size: int = 2) -> Characters:
+    """Characters whose pixels say their class and their drawer."""
+    code = 100 * torch.arange(CLASSES)[:, None] + torch.arange(DRAWERS)
+    pixels = code.float()[:, :, None, None, None].expand(-1, -1, 1, size, size)
+    return Characters(pixels.contiguous(), tuple(f"A/{k}" for k in range(CLASSES)))
+
+
+def noisy(size: int = 8, seed: int = 0) -> Characters:
+    """Classes that are a pattern each, and drawings of it with noise."""
+    generator = torch.Generator().manual_seed(seed)
+    patterns = torch.randn(CLASSES, 1, 1, size, size, generator=generator, dtype=torch.float64)
+    noise = torch.randn(CLASSES, DRAWERS, 1, size, size, generator=generator, dtype=torch.float64)
+    return Characters(patterns + 0.5 * noise, tuple(f"A/{k}" for k in range(CLASSES)))
+
+
+# Tasks
+
+
+def test_a_task_asks_for_the_classes_that_it_showed_in_drawings_it_did_not_show():
+    episode = Tasks(coded(), ways=5, shots=2, queries=3, seed=0)(torch.arange(40))
+    assert episode.support.shape == (40, 10, 1, 2, 2)
+    assert episode.query.shape == (40, 15, 1, 2, 2)
+    for task in range(40):
+        shown, asked = (part[task, :, 0, 0, 0].int() for part in (episode.support, episode.query))
+        assert len({*shown.tolist(), *asked.tolist()}) == 25  # no drawing comes twice
+        class_of = dict(
+            zip(episode.support_labels[task].tolist(), (shown // 100).tolist(), strict=True)
+        )
+        assert len(set(class_of.values())) == 5
+        right = [class_of[label] for label in episode.query_labels[task].tolist()]
+        assert right == (asked // 100).tolist()
+
+
+def test_a_task_depends_on_its_number_and_the_seed_alone():
+    def pixels(seed: int, *numbers: int) -> Tensor:
+        return Tasks(coded(), 5, 1, 1, seed)(torch.tensor(numbers)).images
+
+    assert torch.equal(pixels(3, 7, 8, 9)[1], pixels(3, 8)[0])
+    assert not torch.equal(pixels(3, 7)[0], pixels(3, 8)[0])
+    assert not torch.equal(pixels(3, 7)[0], pixels(4, 7)[0])
+
+
+def test_every_class_gets_every_label_equally_often():
+    episode = Tasks(coded(), 3, 1, 1, seed=0)(torch.arange(3000))
+    first = episode.support[:, 0, 0, 0, 0].int() // 100  # the class with label 0
+    counts = torch.bincount(first, minlength=CLASSES)
+    assert (counts - 250).abs().max() < 5 * 250**0.5
+
+
+@pytest.mark.parametrize(
+    ("ways", "shots", "queries"), [(13, 1, 1), (1, 1, 1), (5, 0, 1), (5, 9, 12)]
+)
+def test_impossible_tasks_are_refused(ways, shots, queries):
+    with pytest.raises(ValueError, match="must"):
+        Tasks(coded(), ways, shots, queries, seed=0)
+
+
+def test_the_interval_covers_the_mean_about_95_times_in_100():
+    generator = torch.Generator().manual_seed(0)
+    covered = 0
+    for _ in range(400):
+        mean, half = episodes.interval((torch.rand(60, generator=generator) < 0.7).double())
+        covered += abs(mean - 0.7) <= half
+    assert 0.91 < covered / 400 < 0.98
+
+
+# The learners to compare with
+
+
+def linear(inputs: int, outputs: int, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(inputs, 6), nn.Tanh(), nn.Linear(6, outputs)
+    ).double()
+
+
+def by_sgd(network: nn.Module, images: Tensor, labels: Tensor, steps: int, rate: float) -> None:
+    optimizer = torch.optim.SGD(network.parameters(), lr=rate)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(network(images), labels).backward()
+        optimizer.step()
+
+
+def test_maml_answers_with_the_weights_that_sgd_finds():
+    learner = Maml(Tasks(noisy(4), 3, 1, 2, seed=0), linear(16, 3), steps=3, rate=0.5)
+    episode = learner.tasks(torch.arange(2))
+    with torch.no_grad():  # as when it is tested
+        found = learner.logits(episode)
+    for task in range(2):
+        network = linear(16, 3)
+        by_sgd(network, episode.support[task], episode.support_labels[task], 3, 0.5)
+        torch.testing.assert_close(found[task], network(episode.query[task]))
+
+
+def directional(learner: nn.Module, loss, eps: float = 1e-5) -> tuple[float, float]:
+    """The derivative of ``loss()`` along a random direction: by backward, and by differences."""
+    torch.manual_seed(1)
+    parameters = [p for p in learner.parameters() if p.requires_grad]
+    direction = [torch.randn_like(p) for p in parameters]
+    learner.zero_grad()
+    loss().backward()
+    slope = sum(
+        (p.grad * d).sum().item()
+        for p, d in zip(parameters, direction, strict=True)
+        if p.grad is not None
+    )
+    values = []
+    for sign in (1, -2, 1):  # there, to the other side, and back
+        with torch.no_grad():
+            for p, d in zip(parameters, direction, strict=True):
+                p += sign * eps * d
+        values.append(loss().item())
+    return slope, (values[0] - values[1]) / (2 * eps)
+
+
+def test_maml_differentiates_through_its_steps():
+    learner = Maml(Tasks(noisy(4), 3, 1, 2, seed=0), linear(16, 3), steps=2, rate=0.5)
+    slope, difference = directional(learner, lambda: learner(torch.arange(2))[0])
+    assert slope == pytest.approx(difference, rel=1e-6)
+
+
+def test_reptiles_gradient_is_the_way_back_from_where_sgd_leads():
+    learner = Reptile(Tasks(noisy(4), 3, 1, 2, seed=0), linear(16, 3), steps=3, rate=0.5)
+    episode = learner.tasks(torch.arange(2))
+    loss, _ = learner.loss(episode)
+    loss.backward()
+    away, queries = [torch.zeros_like(p) for p in learner.network.parameters()], []
+    for task in range(2):
+        network = linear(16, 3)
+        by_sgd(network, episode.images[task], episode.labels[task], 3, 0.5)
+        for total, before, after in zip(
+            away, learner.network.parameters(), network.parameters(), strict=True
+        ):
+            total += (before - after).detach() / 2
+        logits = network(episode.query[task])
+        queries.append(nn.functional.cross_entropy(logits, episode.query_labels[task]))
+    for p, expected in zip(learner.network.parameters(), away, strict=True):
+        torch.testing.assert_close(p.grad, expected)
+    assert loss.item() == pytest.approx(torch.stack(queries).mean().item())
+
+
+def test_prototypes_are_sklearns_nearest_centroids():
+    learner = Prototypes(Tasks(noisy(4), 4, 3, 5, seed=0), linear(16, 7))
+    episode = learner.tasks(torch.arange(3))
+    with torch.no_grad():
+        found = learner.logits(episode).argmax(-1)
+        for task in range(3):
+            support, query = (
+                learner.network(part[task]).numpy() for part in (episode.support, episode.query)
+            )
+            labels = episode.support_labels[task].numpy()
+            expected = NearestCentroid().fit(support, labels).predict(query)
+            assert found[task].tolist() == expected.tolist()
+
+
+# The equilibrium
+
+
+def equilibrium(head: str = "task", **options) -> Equilibrium:
+    torch.manual_seed(0)
+    shape = {"image": (1, 8), "channels": (4, 4), "ways": 3, "task": 6, "stride": 2, "pool": 2}
+    model = TaskClassifier(head, sharpness=4.0, expansion=2, groups=2, **shape).double()
+    for end in model.cell.fusion.joined:  # a contraction, which some random small cells are not
+        nn.init.constant_(end[-1].weight, 0.15)
+    exact = {"sweeps": 300, "tol": 1e-9, "query_steps": 300, "query_tol": 1e-10, "decay": 0.3}
+    linear = {"adjoint_steps": 400, "adjoint_tol": 1e-8, "penalty": 0.0}
+    return Equilibrium(Tasks(noisy(), 3, 1, 2, seed=0), model, Inner(**exact | linear | options))
+
+
+@pytest.mark.parametrize(("stem", "stride"), [(1, 1), (1, 2), (3, 4), (4, 2)])
+def test_any_stem_injects_what_the_cell_takes(stem, stride):
+    shape = {"image": (1, 28), "channels": (4, 8), "ways": 3, "task": 6, "stride": stride}
+    model = TaskClassifier("task", stem, **shape)
+    images = torch.rand(2, 3, 1, 28, 28)
+    z, x = model.start(images), model.blank(images)
+    found = model.map(images)(z, x)
+    assert [part.shape for part in found] == [part.shape for part in z]
+    assert model.read(found, x).shape == (2, 3, 3)
+
+
+@pytest.mark.parametrize("head", ["task", "shared"])
+def test_the_loss_of_a_task_is_that_of_the_paper(head):
+    learner = equilibrium(head)
+    episode = learner.tasks(torch.arange(2))
+    images, labels = episode.support, episode.support_labels
+    z = tuple(torch.randn_like(part) for part in learner.model.start(images))
+    x = {name: torch.randn_like(part) for name, part in learner.model.blank(images).items()}
+    found = learner.task_loss(labels)(z, x)
+    share = learner.model.read(z, x).softmax(-1)
+    for task in range(2):
+        right = [share[task, image, label].log() for image, label in enumerate(labels[task])]
+        film = sum(entry**2 for entry in x["film"][task]) / 6
+        rows = x["head"][task] if "head" in x else ()
+        expected = -sum(right) / 3 + 0.3 * film + 0.3 * sum(row @ row for row in rows) / 3
+        assert found[task].item() == pytest.approx(expected.item())
+
+
+def test_what_a_task_learns_does_not_depend_on_the_order_of_its_classes():
+    learner = equilibrium()
+    episode = learner.tasks(torch.arange(2))
+    turned = (episode.support_labels + 1) % 3
+    with torch.no_grad():
+        one = learner.learn(episode.support, episode.support_labels)
+        other = learner.learn(episode.support, turned)
+    torch.testing.assert_close(other.x["head"].roll(-1, dims=1), one.x["head"], atol=1e-6, rtol=0)
+    torch.testing.assert_close(other.x["film"], one.x["film"], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("gradient", ["implicit", "envelope"])
+def test_the_gradient_is_that_of_solving_again_with_other_weights(gradient):
+    learner = equilibrium(gradient=gradient)
+    slope, difference = directional(learner, lambda: learner(torch.arange(1))[0])
+    assert slope == pytest.approx(difference, rel=1e-3)
+
+
+def test_the_frozen_gradient_is_that_of_the_queries_loss_at_one_vector():
+    learner = equilibrium(gradient="frozen")
+    episode = learner.tasks(torch.arange(1))
+    with torch.no_grad():
+        x = learner.learn(episode.support, episode.support_labels).x
+    learner(torch.arange(1))[0].backward()
+    found = [p.grad for p in learner.model.parameters() if p.grad is not None]
+    learner.zero_grad()
+    f, z = learner.model.map(episode.query), learner.model.start(episode.query)
+    for _ in range(150):  # unrolled
+        z = f(z, x)
+    logits = learner.model.read(z, x)[0]
+    nn.functional.cross_entropy(logits, episode.query_labels[0]).backward()
+    expected = [p.grad for p in learner.model.parameters() if p.grad is not None]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
+
+
+def test_more_decay_makes_the_adjoint_easier():
+    learner = equilibrium()
+    rows = episodes.conditioning(learner, learner.tasks(torch.arange(1)), (0.1, 3.0), 200)
+    assert [row.decay for row in rows] == [0.1, 3.0]
+    assert rows[1].solved == 1
+    assert rows[1].steps < rows[0].steps
+    assert learner.inner.decay == 0.3
+    assert all(p.grad is None for p in learner.parameters())
+
+
+# The script
+
+
+def run_script(out: Path, *options: str) -> dict:
+    arguments = ["--preset=smoke", "--quiet", f"--out={out}", *options]
+    with warnings.catch_warnings():
+        # Few sweeps are a budget here, and torch warns of its own affairs.
+        warnings.simplefilter("ignore")
+        meta_omniglot.main(arguments)
+    return json.loads((out / "results.json").read_text())["results"]
+
+
+def test_presets_are_in_order_and_a_bad_setting_is_refused(capsys):
+    assert list(meta_omniglot.PRESETS) == ["cpu", "smoke", "paper"]
+    with pytest.raises(SystemExit):
+        parse(None, meta_omniglot.PRESETS, ["--minutes", "0"], name="meta")
+    assert "minutes must be positive" in capsys.readouterr().err
+
+
+def test_a_resumed_run_has_the_steps_that_it_began_with(tmp_path, monkeypatch):
+    arguments = ["--resume", f"--out={tmp_path}", "--minutes=0.001"]
+    run = parse(None, meta_omniglot.PRESETS, arguments, name="meta")
+    (tmp_path / "steps.json").write_text('{"prototypes": 77}')
+    learner = Prototypes(Tasks(noisy(4), 3, 1, 2, seed=0), linear(16, 3))
+    assert meta_omniglot.planned(learner, run, "prototypes") == 77
+    found = meta_omniglot.planned(learner, run, "maml")
+    known = json.loads((tmp_path / "steps.json").read_text())
+    assert known == {"prototypes": 77, "maml": found}
+    assert all(p.grad is None for p in learner.parameters())
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="--steps"):
+        meta_omniglot.planned(learner, run, "reptile")
+
+
+@pytest.mark.slow
+def test_it_learns_printed_letters_without_files(tmp_path):
+    results = run_script(tmp_path, "--dataset=glyphs")
+    assert set(results["methods"]) == set(meta_omniglot.METHODS)
+    for method in ("equilibrium", "prototypes"):  # gradient steps take longer to be of use
+        assert results["methods"][method]["accuracy"] > 0.35  # chance is 0.2
+    assert {"curves.png", "task.png"} <= {path.name for path in tmp_path.iterdir()}
+
+
+@pytest.mark.slow
+def test_it_learns_handwriting(tmp_path):
+    folder = os.environ.get("IMPLICITOPT_DATA")
+    if folder is None or not Path(folder).is_dir():
+        pytest.skip("IMPLICITOPT_DATA names no folder with Omniglot's archives")
+    results = run_script(tmp_path, f"--data={folder}")
+    row = results["methods"]["equilibrium"]
+    half = len(row["losses"]) // 2
+    assert sum(row["losses"][half:]) < 0.95 * sum(row["losses"][:half])
+    assert row["accuracy"] > 0.35  # chance is 0.2
+    assert [entry["decay"] for entry in results["adjoint"]] == list(meta_omniglot.DECAYS)
