@@ -1,0 +1,33 @@
+"""Generators of images: the equilibrium decoder, and the autoencoders it is compared with."""
+
+from generators.architecture import Architecture, load, save
+from generators.autoencoders import KINDS, Autoencoder
+from generators.convolutional import ConvDecoder, Encoder, matched, parameters
+from generators.equilibrium import (
+    Search,
+    Trained,
+    decode,
+    equilibrium,
+    find_codes,
+    matching,
+    penalty,
+)
+
+__all__ = [
+    "KINDS",
+    "Architecture",
+    "Autoencoder",
+    "ConvDecoder",
+    "Encoder",
+    "Search",
+    "Trained",
+    "decode",
+    "equilibrium",
+    "find_codes",
+    "load",
+    "matched",
+    "matching",
+    "parameters",
+    "penalty",
+    "save",
+]

@@ -1,0 +1,158 @@
+"""The equilibrium decoder: an image's code by one solve, and its training by that same solve.
+
+    minimize over x   ‖image(z) − target‖² + λ/2 ‖x‖²    subject to   z = f(z, x)
+
+The loss at the solution is also the outer loss, so its envelope gradient trains the decoder (JIIO,
+eq. 18–20), and no encoder is needed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import implicitopt
+from mdeq import Decoder
+
+PENALIZED = 8  # images of a batch whose Jacobian is estimated: it is an average all the same
+
+
+def matching(
+    decoder: Decoder, target: Tensor, decay: float, visible: Tensor | float = 1.0
+) -> Callable[[tuple[Tensor, ...], Tensor], Tensor]:
+    """ℓ(z, x) of target images ``(B, C, H, W)``: one value an image, over the visible pixels."""
+
+    def loss(z: tuple[Tensor, ...], x: Tensor) -> Tensor:
+        error = visible * (decoder.image(z) - target) ** 2
+        return error.sum(dim=(1, 2, 3)) + decay / 2 * (x**2).sum(dim=1)
+
+    return loss
+
+
+def equilibrium(decoder: Decoder, codes: Tensor, *, steps: int = 200, tol: float = 1e-3) -> Any:
+    """The state of codes, solved on its own. Differentiable, with an inexact adjoint."""
+    with warnings.catch_warnings():
+        # What is not reached shows as an error of the image, which is what is judged.
+        warnings.simplefilter("ignore", implicitopt.ConvergenceWarning)
+        return implicitopt.fixed_point(
+            decoder.f,
+            codes,
+            decoder.start,
+            max_steps=steps,
+            tol=tol,
+            adjoint_tol=3e-2,
+            adjoint_max_steps=20,
+        )
+
+
+def penalty(decoder: Decoder, z: tuple[Tensor, ...], x: Tensor) -> Tensor:
+    """‖∂f/∂z‖²_F over the size of a state: the mean squared singular value of the Jacobian."""
+    z, x = tuple(branch.detach()[:PENALIZED] for branch in z), x.detach()[:PENALIZED]
+    size = sum(branch[0].numel() for branch in z)
+    return implicitopt.jacobian_penalty(decoder.f, z, x).mean() / size
+
+
+@dataclass(frozen=True)
+class Search:
+    """How codes are looked for.
+
+    Args:
+        sweeps: ``max_steps`` of a solve.
+        decay: λ, how strongly codes are drawn towards 0.
+        solver: of ``implicitopt.solve``; None: the default one.
+    """
+
+    sweeps: int
+    decay: float
+    solver: Any = None
+
+
+class Trained(nn.Module):
+    """The objective of the decoder-only model, for ``training.fit``.
+
+    Args:
+        decoder: the model.
+        images: ``(N, C, H, W)``, uint8.
+        search: the solve of each step.
+        penalty: weight of the Jacobian's size, at an iterate drawn from the solve's path.
+        keep_codes: go on from an image's last code when it comes again. A few sweeps are enough
+            then. False: codes start from 0 each time, as the paper's do.
+    """
+
+    def __init__(
+        self, decoder: Decoder, images: Tensor, search: Search, penalty: float, keep_codes: bool
+    ) -> None:
+        super().__init__()
+        self.decoder, self.search, self.weight = decoder, search, penalty
+        self.register_buffer("images", images, persistent=False)
+        kept = len(images) if keep_codes else 0
+        self.register_buffer("codes", torch.zeros(kept, decoder.latent))
+
+    @property
+    def keep(self) -> tuple[str, ...]:
+        """The ``keep`` of ``training.fit``."""
+        return ("codes",) if len(self.codes) else ()
+
+    def forward(self, indices: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        target = self.images[indices] / 255
+        x0 = (
+            self.codes[indices] if self.keep else target.new_zeros(len(target), self.decoder.latent)
+        )
+        sol = implicitopt.solve(
+            self.decoder.f,
+            matching(self.decoder, target, self.search.decay),
+            x0,
+            self.decoder.start,
+            solver=self.search.solver,
+            max_steps=self.search.sweeps,
+            sample_iterate=True,
+        )
+        if self.keep:
+            self.codes[indices] = sol.x.detach()
+        size = penalty(self.decoder, *sol.iterate)
+        value = sol.value.mean()
+        logged = {
+            "mse": value / target[0].numel(),
+            "jacobian": size,
+            "code": sol.x.norm(dim=1).mean(),
+        }
+        return value + self.weight * size, logged
+
+
+def find_codes(
+    decoder: Decoder,
+    images: Tensor,
+    search: Search,
+    *,
+    start: Tensor | None = None,
+    visible: Tensor | float = 1.0,
+    batch: int = 32,
+    bar: Callable[..., Any] = tqdm,
+) -> Tensor:
+    """The codes ``(N, latent)`` of images in [0, 1], from ``start`` or from 0."""
+    start = images.new_zeros(len(images), decoder.latent) if start is None else start
+    everywhere = torch.as_tensor(visible).to(images).expand_as(images)
+    parts = zip(*(rows.split(batch) for rows in (images, start, everywhere)), strict=True)
+    found = []
+    with torch.no_grad():
+        for target, x0, seen in bar(list(parts), desc="codes"):
+            loss = matching(decoder, target, search.decay, seen)
+            options = {"solver": search.solver, "max_steps": search.sweeps}
+            found.append(implicitopt.solve(decoder.f, loss, x0, decoder.start, **options).x)
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def decode(decoder: nn.Module, codes: Tensor, batch: int = 64) -> Tensor:
+    """The images of codes, at their true equilibria where the decoder is an equilibrium model."""
+    if isinstance(decoder, Decoder):
+        parts = [decoder.image(equilibrium(decoder, part)) for part in codes.split(batch)]
+    else:
+        parts = [decoder(part) for part in codes.split(batch)]
+    return torch.cat(parts)

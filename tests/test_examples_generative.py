@@ -1,0 +1,258 @@
+"""The generative example: its losses, networks, distance and density, and the script as a whole."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("accelerate")
+pytest.importorskip("sklearn")
+
+from scipy.linalg import sqrtm
+
+import frechet
+import generative
+import implicitopt
+from data import faces
+from generators import (
+    Architecture,
+    Autoencoder,
+    Search,
+    Trained,
+    decode,
+    find_codes,
+    load,
+    matching,
+    parameters,
+    save,
+)
+from generators.autoencoders import divergence
+from generators.clock import steps_within
+from generators.density import components, draw
+from generators.race import Curve, Point, seconds_to
+from generators.reading import resized
+
+TINY = Architecture(4, (1, 8), (4, 4), 2)
+
+
+def tiny(seed: int = 0) -> tuple[torch.nn.Module, torch.Tensor]:
+    torch.manual_seed(seed)
+    return TINY.equilibrium(), torch.randint(0, 256, (6, 1, 8, 8), dtype=torch.uint8)
+
+
+def test_distance_is_the_textbook_formula():
+    torch.manual_seed(0)
+    first = torch.randn(50, 4).double() @ torch.randn(4, 4).double()
+    second = torch.randn(40, 4).double() + 0.5
+    moments = [(f.mean(0).numpy(), np.cov(f.T.numpy())) for f in (first, second)]
+    (m1, c1), (m2, c2) = moments
+    expected = ((m1 - m2) ** 2).sum() + np.trace(c1 + c2 - 2 * sqrtm(c1 @ c2).real)
+    assert frechet.distance(first, second) == pytest.approx(expected, rel=1e-8)
+
+
+def test_distance_of_shifted_features_is_the_shift_also_with_fewer_images_than_features():
+    torch.manual_seed(0)
+    features = torch.randn(5, 20)
+    assert frechet.distance(features, features) == pytest.approx(0, abs=1e-9)
+    assert frechet.distance(features, features + 2) == pytest.approx(20 * 4, rel=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (3, 4, 2)])
+def test_distance_says_what_it_needs(shape):
+    with pytest.raises(ValueError, match=r"N > 1"):
+        frechet.distance(torch.zeros(shape), torch.zeros(3, 4))
+
+
+def test_matching_is_the_sum_over_visible_pixels_and_the_price_of_the_code():
+    decoder, images = tiny()
+    target, codes = images[:2] / 255, torch.randn(2, 4)
+    z = tuple(torch.randn(2, *shape) for shape in decoder.cell.shapes)
+    visible = torch.ones(8, 8)
+    visible[2:4, 3:6] = 0
+    found = matching(decoder, target, 0.3, visible)(z, codes)
+    shown = decoder.image(z).detach().numpy()
+    for k in range(2):
+        error = sum(
+            (shown[k, 0, i, j] - target[k, 0, i, j].item()) ** 2
+            for i in range(8)
+            for j in range(8)
+            if not (2 <= i < 4 and 3 <= j < 6)
+        )
+        assert found[k].item() == pytest.approx(error + 0.15 * (codes[k] ** 2).sum().item(), 1e-4)
+
+
+def test_gradient_of_the_training_loss_is_that_of_the_least_loss():
+    """The envelope theorem, by finite differences of the whole solve."""
+    decoder, images = tiny()
+    decoder, bias = decoder.double(), decoder.double().head[2].bias
+    target = images[:3].double() / 255
+
+    def least() -> torch.Tensor:
+        loss = matching(decoder, target, 50.0)
+        start = torch.zeros(3, 4).double()
+        options = {"max_steps": 150, "tol": 1e-6}
+        return implicitopt.solve(decoder.f, loss, start, decoder.start, **options).value.mean()
+
+    (exact,) = torch.autograd.grad(least(), bias)
+    step = 1e-4
+    with torch.no_grad():
+        bias[0] += step
+        above = least().item()
+        bias[0] -= 2 * step
+        below = least().item()
+    assert exact[0].item() == pytest.approx((above - below) / (2 * step), rel=1e-3)
+
+
+def test_kept_codes_are_those_of_the_batch_alone():
+    decoder, images = tiny()
+    objective = Trained(decoder, images, Search(4, 0.1), penalty=1.0, keep_codes=True)
+    loss, logged = objective(torch.tensor([1, 4]))
+    loss.backward()
+    moved = objective.codes.abs().sum(dim=1) > 0
+    assert moved.tolist() == [False, True, False, False, True, False]
+    assert set(logged) == {"mse", "jacobian", "code"}
+    assert objective.keep == ("codes",)
+    assert Trained(decoder, images, Search(4, 0.1), 1.0, keep_codes=False).keep == ()
+
+
+def test_divergence_is_torch_distributions():
+    torch.manual_seed(0)
+    mean, logvar = torch.randn(2, 3, 5)
+    q = torch.distributions.Normal(mean, (logvar / 2).exp())
+    p = torch.distributions.Normal(0.0, 1.0)
+    expected = torch.distributions.kl_divergence(q, p).sum(dim=1)
+    assert torch.allclose(divergence(mean, logvar), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["vae", "ae", "rae"])
+@pytest.mark.parametrize("plain", [True, False])
+def test_autoencoders_learn_their_encoder_and_decoder(kind, plain):
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (4, 1, 8, 8), dtype=torch.uint8)
+    decoder = TINY.convolutional() if plain else TINY.equilibrium()
+    encoder = TINY.encoder(8 if kind == "vae" else 4)
+    objective = Autoencoder(kind, encoder, decoder, images, decay=0.1, penalty=1.0)
+    loss, _ = objective(torch.arange(4))
+    loss.backward()
+    assert objective.encode(images / 255).shape == (4, 4)
+    for module in (encoder, decoder):
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
+        assert any(p.grad.abs().max() > 0 for p in module.parameters())
+
+
+@pytest.mark.parametrize("size", [28, 32, 64])
+def test_plain_decoder_has_as_many_weights_within_a_tenth(size):
+    architecture = Architecture(32, (3, size), (16, 32), 4)
+    plain, other = architecture.convolutional(), architecture.equilibrium()
+    assert abs(parameters(plain) / parameters(other) - 1) < 0.1
+    assert plain(torch.zeros(2, 32)).shape == (2, 3, size, size)
+    assert architecture.encoder(7)(torch.zeros(2, 3, size, size)).shape == (2, 7)
+
+
+def test_saved_decoder_comes_back(tmp_path):
+    decoder, _ = tiny()
+    codes = torch.randn(3, 4)
+    for name, model in (("a", decoder), ("b", TINY.convolutional())):
+        save(tmp_path, name, TINY, model)
+        architecture, again = load(tmp_path, name)
+        assert architecture == TINY
+        assert torch.equal(decode(again, codes), decode(model, codes))
+    with pytest.raises(FileNotFoundError, match=r"generative\.py"):
+        load(tmp_path, "c")
+
+
+def test_found_codes_lower_the_loss():
+    decoder, images = tiny()
+    target = images[:5] / 255
+    codes = find_codes(decoder, target, Search(30, 0.1), batch=2, bar=lambda parts, desc: parts)
+    before = (decode(decoder, torch.zeros(5, 4)) - target).square().mean()
+    assert (decode(decoder, codes) - target).square().mean() < before
+
+
+def test_drawn_codes_have_the_moments_of_those_given():
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.tensor([[3.0, 0.0], [1.0, 0.5]])
+    codes = torch.randn(4000, 2, generator=generator) @ mixing + torch.tensor([1.0, -2.0])
+    drawn = draw(codes, 4000, seed=0)
+    assert torch.allclose(drawn.mean(dim=0), codes.mean(dim=0), atol=0.15)
+    assert torch.allclose(drawn.T.cov(), codes.T.cov(), rtol=0.1, atol=0.1)
+    assert torch.equal(drawn, draw(codes, 4000, seed=0))
+
+
+def test_mixture_has_no_more_components_than_codes_can_bear():
+    assert components(64, 64) == 1
+    assert components(640, 16) == 20
+    assert components(10**6, 64) == 20
+
+
+def test_seconds_to_a_loss():
+    points = [Point(loss, seconds, 1, 1, 1) for loss, seconds in ((3.0, 1.0), (1.0, 2.0))]
+    curve = Curve("joint", tuple(points))
+    assert seconds_to(curve, 2.0) == 2.0
+    assert seconds_to(curve, 0.5) is None
+
+
+def test_resized_images_keep_their_mean():
+    torch.manual_seed(0)
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    small = resized(images, 16)
+    assert small.shape == (2, 3, 16, 16)
+    assert small.float().mean().item() == pytest.approx(images.float().mean().item(), abs=1)
+
+
+class Sleeper(torch.nn.Module):
+    """A training step of 20 ms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+        self.register_buffer("images", torch.zeros(3, 1))
+        self.register_buffer("codes", torch.zeros(3, 1))
+
+    def forward(self, indices):
+        time.sleep(0.02)
+        self.codes[indices] += 1
+        return self.weight * len(indices), {}
+
+
+def test_steps_within_a_time_are_counted_once_and_leave_no_trace(tmp_path):
+    path, sleeper = tmp_path / "steps.json", Sleeper()
+    steps = steps_within(path, sleeper, 2.0, 2, resume=False)
+    assert 20 <= steps <= 100
+    assert sleeper.weight.grad is None
+    assert (sleeper.codes == 0).all()
+    assert steps_within(path, sleeper, 4.0, 2, resume=True) == steps
+
+
+@pytest.mark.parametrize("methods", [("vae", "jiio"), ("jiio", "gan"), ("jiio", "vae", "vae")])
+def test_methods_are_checked(methods):
+    with pytest.raises(ValueError, match="jiio first"):
+        generative.Settings(methods=methods)
+
+
+@pytest.mark.slow
+def test_smoke_on_real_faces(tmp_path):
+    folder = os.environ.get("IMPLICITOPT_DATA")
+    if not folder or not (Path(folder) / "faces").is_dir():
+        pytest.skip("IMPLICITOPT_DATA does not name a folder with faces/")
+    out = tmp_path / "out"
+    generative.main(["--preset=smoke", f"--data={folder}", f"--out={out}", "--quiet"])
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))["results"]
+    images = faces(folder, True, 32, 64, quiet=True).pixels / 255
+    held_out = faces(folder, False, 32, 32, quiet=True).pixels / 255
+    blind = (held_out - images.mean(dim=0)).square().mean().item()
+    jiio = results["methods"]["jiio"]
+    assert jiio["last_losses"] < 0.8 * jiio["first_losses"]
+    # A decoder that knew nothing would show the mean image at best.
+    assert jiio["mse"] < 0.9 * blind
+    assert jiio["psnr"] == pytest.approx(-10 * math.log10(jiio["mse"]))
+    assert all(point["loss"] > 0 for curve in results["solvers"] for point in curve["points"])
+    for name in ("reconstructions.png", "samples.png", "cost.png", "decoder-jiio.pt"):
+        assert (out / name).stat().st_size > 1000
