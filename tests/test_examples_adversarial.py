@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -289,12 +288,9 @@ def test_settings_refuse_what_they_do_not_know(wrong, message):
 
 
 @pytest.mark.slow
-def test_smoke(tmp_path):
+def test_smoke(tmp_path, data_folder):
     """Trained on attacked images, the classifier survives attacks that fell the other."""
-    data = os.environ.get("IMPLICITOPT_DATA")
-    if not data or not Path(data).is_dir():
-        pytest.skip("IMPLICITOPT_DATA must name the folder of the data sets")
-    options = ["--preset", "smoke", "--data", data, "--out", tmp_path / "out", "--quiet"]
+    options = ["--preset", "smoke", "--data", data_folder, "--out", tmp_path / "out", "--quiet"]
     done = subprocess.run(
         [sys.executable, SCRIPT, *options], capture_output=True, text=True, check=False, timeout=600
     )

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -238,15 +236,12 @@ def test_methods_are_checked(methods):
 
 
 @pytest.mark.slow
-def test_smoke_on_real_faces(tmp_path):
-    folder = os.environ.get("IMPLICITOPT_DATA")
-    if not folder or not (Path(folder) / "faces").is_dir():
-        pytest.skip("IMPLICITOPT_DATA does not name a folder with faces/")
+def test_smoke_on_real_faces(tmp_path, data_folder):
     out = tmp_path / "out"
-    generative.main(["--preset=smoke", f"--data={folder}", f"--out={out}", "--quiet"])
+    generative.main(["--preset=smoke", f"--data={data_folder}", f"--out={out}", "--quiet"])
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))["results"]
-    images = faces(folder, True, 32, 64, quiet=True).pixels / 255
-    held_out = faces(folder, False, 32, 32, quiet=True).pixels / 255
+    images = faces(data_folder, True, 32, 64, quiet=True).pixels / 255
+    held_out = faces(data_folder, False, 32, 32, quiet=True).pixels / 255
     blind = (held_out - images.mean(dim=0)).square().mean().item()
     jiio = results["methods"]["jiio"]
     assert jiio["last_losses"] < 0.8 * jiio["first_losses"]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -121,12 +119,9 @@ def test_a_missing_generator_is_named(tmp_path):
 
 
 @pytest.mark.slow
-def test_smoke_on_real_faces(tmp_path):
-    folder = os.environ.get("IMPLICITOPT_DATA")
-    if not folder or not (Path(folder) / "faces").is_dir():
-        pytest.skip("IMPLICITOPT_DATA does not name a folder with faces/")
+def test_smoke_on_real_faces(tmp_path, data_folder):
     out = tmp_path / "out"
-    inverse_problems.main(["--preset=smoke", f"--data={folder}", f"--out={out}", "--quiet"])
+    inverse_problems.main(["--preset=smoke", f"--data={data_folder}", f"--out={out}", "--quiet"])
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))["results"]
     for task, found in results.items():
         assert (out / f"{task}.png").stat().st_size > 1000

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from pathlib import Path
 
@@ -313,11 +312,8 @@ def test_it_learns_printed_letters_without_files(tmp_path):
 
 
 @pytest.mark.slow
-def test_it_learns_handwriting(tmp_path):
-    folder = os.environ.get("IMPLICITOPT_DATA")
-    if folder is None or not Path(folder).is_dir():
-        pytest.skip("IMPLICITOPT_DATA names no folder with Omniglot's archives")
-    results = run_script(tmp_path, f"--data={folder}")
+def test_it_learns_handwriting(tmp_path, data_folder):
+    results = run_script(tmp_path, f"--data={data_folder}")
     row = results["methods"]["equilibrium"]
     half = len(row["losses"]) // 2
     assert sum(row["losses"][half:]) < 0.95 * sum(row["losses"][:half])
