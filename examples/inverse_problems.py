@@ -30,16 +30,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import generative
 import implicitopt
 from experiment import Run, main_process, parse, solver, table
-from generators import Architecture, Search, decode, find_codes, load, matching, penalty
+from generators import Search, decode, find_codes, load, matching, penalty
 from generators.clock import steps_within
 from generators.pictures import sheet
+from generators.pretrained import device, generator, read_models
 from generators.reading import read_images
 from mdeq import Decoder
 from training import Training, fit
 
+METHODS = ("jiio", "vae")  # of the generators
 WINDOW = 20 / 64  # of the side
 NOISE = {"denoise-0.2": 0.2, "denoise-0.4": 0.4}  # σ for pixels in [−1, 1]
 TASKS = ("inpaint", *NOISE)
@@ -202,22 +203,6 @@ class Restoration(nn.Module):
         return error + self.weight * size, {"mse": error / clean[0].numel(), "jacobian": size}
 
 
-def generator(run: Run[Settings]) -> Path:
-    """The folder of the generator; it is trained if none was named."""
-    if run.settings.generator is not None:
-        return Path(run.settings.generator)
-    folder = run.out / "generator"
-    if not (folder / "results.json").exists():
-        arguments = [f"--preset={run.preset}", f"--out={folder}", f"--seed={run.seed}"]
-        arguments += [f"--solver={run.solver}", "--methods=jiio,vae"]
-        arguments += [f"--dataset={run.settings.dataset}", "--race-sweeps=10", "--race-updates=1"]
-        arguments += [f"--data={run.data}"] * (run.data is not None)
-        going = run.resume and any(folder.rglob("checkpoints/step-*"))
-        arguments += ["--resume"] * going + ["--quiet"] * run.quiet
-        generative.main(arguments)
-    return folder
-
-
 def unsupervised(
     run: Run[Settings],
     models: dict[str, nn.Module],
@@ -289,8 +274,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Restore with generators as they are, then with generators trained for it."""
     run = parse(__doc__, PRESETS, arguments, name="inverse_problems")
     settings, bar = run.settings, partial(tqdm, disable=run.quiet, leave=False)
-    folder = generator(run)
-    architecture, models = read_models(folder)
+    folder = generator(run, METHODS)
+    architecture, models = read_models(folder, METHODS)
     images, held_out = read_images(
         run, settings.dataset, architecture.image[1], settings.images, settings.held_out
     )
@@ -314,17 +299,6 @@ def main(arguments: list[str] | None = None) -> None:
         for task in settings.tasks:
             sheet(run.path(f"{task}.png"), {"clean": clean} | shown[task])
         run.write(results, show(results))
-
-
-def read_models(folder: Path) -> tuple[Architecture, dict[str, nn.Module]]:
-    """The generators in a folder, and what they have in common."""
-    found = {name: load(folder, f"decoder-{name}") for name in ("jiio", "vae")}
-    return found["jiio"][0], {name: decoder.to(device()) for name, (_, decoder) in found.items()}
-
-
-def device() -> torch.device:
-    """The one that ``fit`` trains on, in a single process."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 if __name__ == "__main__":
