@@ -46,6 +46,25 @@ class Curve:
 
 
 @torch.no_grad()
+def true_loss(decoder: Decoder, target: Tensor, decay: float, codes: Tensor) -> float:
+    """The mean loss of codes over the images, at their true equilibrium."""
+    return matching(decoder, target, decay)(equilibrium(decoder, codes), codes).mean().item()
+
+
+@torch.no_grad()
+def reach(decoder: Decoder, target: Tensor, decay: float, solver: Any, steps: int) -> Point:
+    """What a solver comes to in so many steps, from codes of 0."""
+    loss = matching(decoder, target, decay)
+    start = target.new_zeros(len(target), decoder.latent)
+    begin = time.perf_counter()
+    options = {"solver": solver, "max_steps": steps, "tol": 0}
+    sol = implicitopt.solve(decoder.f, loss, start, decoder.start, **options)
+    sol.value.sum().item()  # waits for the device
+    seconds = time.perf_counter() - begin
+    reached = true_loss(decoder, target, decay, sol.x)
+    return Point(reached, seconds, steps, sol.sweeps.f, sol.sweeps.vjp)
+
+
 def race(
     decoder: Decoder,
     target: Tensor,
@@ -65,18 +84,7 @@ def race(
         updates: those of nested Adam.
         memory, step_size: of the paper's solver.
     """
-    loss = matching(decoder, target, decay)
-    start = target.new_zeros(len(target), decoder.latent)
-
-    def point(solver: Any, steps: int) -> Point:
-        begin = time.perf_counter()
-        options = {"solver": solver, "max_steps": steps, "tol": 0}
-        sol = implicitopt.solve(decoder.f, loss, start, decoder.start, **options)
-        sol.value.sum().item()  # waits for the device
-        seconds = time.perf_counter() - begin
-        reached = loss(equilibrium(decoder, sol.x), sol.x).mean().item()
-        return Point(reached, seconds, steps, sol.sweeps.f, sol.sweeps.vjp)
-
+    point = partial(reach, decoder, target, decay)
     joint = {"default": None, "joint": named("joint"), "one-shot": named("one-shot")}
     joint["paper"] = named("paper", memory=memory, x=step_size)
     adam = {
