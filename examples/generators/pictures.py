@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import pad
 
+from generators.contest import Result
 from generators.race import Curve
 
 
@@ -47,5 +48,49 @@ def cost(path: Path, curves: Sequence[Curve]) -> None:
     axes[0].set(xlabel="evaluations of f and of its vjp", ylabel="loss", xscale="log")
     axes[1].set(xlabel="seconds", xscale="log")
     axes[0].legend()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def progress(path: Path, results: Sequence[Result]) -> None:
+    """Loss, and KKT residual with its quartiles, against sweeps and against seconds."""
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogFormatter, StrMethodFormatter
+
+    figure, axes = plt.subplots(
+        2, 2, figsize=(11, 7.5), sharex="col", sharey="row", layout="constrained"
+    )
+    for place, found in enumerate(results):
+        style = {
+            "color": f"C{place}",
+            "linestyle": "--" if found.name.startswith("nested") else "-",
+            # The default begins as another contestant does: wide, to be seen beneath it.
+            "linewidth": 4 if found.name == "default" else 1.3,
+            "alpha": 0.4 if found.name == "default" else 1,
+        }
+        points, track = found.points, found.track
+        work = [(point.f + point.vjp) / 2 for point in points]
+        for column, (at_points, along) in enumerate(
+            ((work, track.work), ([point.seconds for point in points], track.seconds))
+        ):
+            loss = [point.loss for point in points]
+            axes[0, column].plot(at_points, loss, marker=".", label=found.name, **style)
+            axes[1, column].plot(along, track.median, **style)
+            axes[1, column].fill_between(
+                along, track.lower, track.upper, color=style["color"], alpha=0.1, linewidth=0
+            )
+    axes[0, 0].set(ylabel="loss at the codes' equilibrium", xscale="log", yscale="log")
+    axes[0, 1].set(xscale="log")
+    axes[1, 0].set(xlabel="sweeps", ylabel="lowest KKT residual so far", yscale="log")
+    axes[1, 1].set(xlabel="seconds")
+    for axis in (axes[0, 0].yaxis, axes[1, 0].xaxis, axes[1, 1].xaxis):
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes[0, 0].yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
+    for axis in axes.flat:
+        axis.grid(which="both", alpha=0.15)
+        axis.spines[["top", "right"]].set_visible(False)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
