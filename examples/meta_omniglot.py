@@ -6,8 +6,8 @@ vector x, which enters an equilibrium classifier, is what one call of `implicito
     minimize over x   mean CE(support) + λ‖x‖²    subject to   z = f(z, x; support)
 
 The queries are then answered at the equilibrium under x (JIIO, eq. 28–29). The weights are trained
-on the background alphabets, for a time that MAML, Reptile and prototypical networks are each given
-as well, and all are judged on alphabets that none has seen.
+on the background alphabets, for a time that MAML, iMAML, Reptile and prototypical networks are each
+given as well, and all are judged on alphabets that none has seen.
 
 The model is made for a CPU, and differs from the paper's (--preset paper) in two ways: convolutions
 come before the equilibrium, where they cost nothing per sweep, and x holds the classes' directions
@@ -39,6 +39,7 @@ from data import Characters, glyphs, omniglot, rotated
 from episodes import (
     Episode,
     Equilibrium,
+    Imaml,
     Inner,
     Learner,
     Maml,
@@ -55,7 +56,7 @@ from experiment import Run, main_process, parse, solver, table, write_json
 from training import Result, Training, fit
 from training.plan import seed_of
 
-METHODS = ("equilibrium", "prototypes", "maml", "reptile")
+METHODS = ("equilibrium", "prototypes", "maml", "imaml", "reptile")
 DECAYS = (0.0, 0.01, 0.1, 1.0, 10.0)  # of the study of the adjoint
 TRAINING, CURVE, TEST = range(3)  # streams of tasks, which have no task in common
 
@@ -92,6 +93,10 @@ class Settings:
         width: channels of the other methods' network.
         inner_steps: gradient steps on a task, of MAML and Reptile.
         inner_rate: their length.
+        imaml_steps: gradient steps on a task, of iMAML.
+        imaml_rate: their length.
+        imaml_decay: how strongly a task's weights are drawn towards those before, in iMAML.
+        cg_steps: of conjugate gradients, for iMAML's outer gradient.
         curve_tasks: new tasks on which learning curves are measured.
         curve_points: points of a learning curve.
         test_tasks: new tasks on which the results are measured.
@@ -120,12 +125,16 @@ class Settings:
     penalty: float = 0.03
     rate: float = 4e-3
     batch: int = 12
-    methods: Literal["all", "equilibrium", "prototypes", "maml", "reptile"] = "all"
+    methods: Literal["all", "equilibrium", "prototypes", "maml", "imaml", "reptile"] = "all"
     minutes: float = 12.0
     steps: int | None = None
     width: int = 32
     inner_steps: int = 3
     inner_rate: float = 0.03
+    imaml_steps: int = 16
+    imaml_rate: float = 0.1
+    imaml_decay: float = 2.0
+    cg_steps: int = 5
     curve_tasks: int = 40
     curve_points: int = 8
     test_tasks: int = 600
@@ -187,6 +196,9 @@ def make(method: str, tasks: Tasks, run: Run[Settings]) -> Learner:
     if method == "prototypes":
         return Prototypes(tasks, convolutions(settings.width, None, size))
     network = convolutions(settings.width, tasks.ways, size)
+    if method == "imaml":
+        how = (settings.imaml_steps, settings.imaml_rate, settings.imaml_decay, settings.cg_steps)
+        return Imaml(tasks, network, *how)
     kind = {"maml": Maml, "reptile": Reptile}[method]
     return kind(tasks, network, settings.inner_steps, settings.inner_rate)
 

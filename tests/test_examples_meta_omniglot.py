@@ -13,12 +13,15 @@ from torch import Tensor, nn
 pytest.importorskip("accelerate")
 pytest.importorskip("einops")
 
+from scipy.optimize import minimize
 from sklearn.neighbors import NearestCentroid
+from torch.func import functional_call, vmap
 
 import episodes
 import meta_omniglot
 from data import Characters
-from episodes import Equilibrium, Inner, Maml, Prototypes, Reptile, TaskClassifier, Tasks
+from episodes import Equilibrium, Imaml, Inner, Maml, Prototypes, Reptile, TaskClassifier, Tasks
+from episodes.imaml import conjugate_gradients
 from experiment import parse
 
 CLASSES, DRAWERS = 12, 20
@@ -144,6 +147,101 @@ def test_maml_differentiates_through_its_steps():
     learner = Maml(Tasks(noisy(4), 3, 1, 2, seed=0), linear(16, 3), steps=2, rate=0.5)
     slope, difference = directional(learner, lambda: learner(torch.arange(2))[0])
     assert slope == pytest.approx(difference, rel=1e-6)
+
+
+def softmax(steps: int = 200, rate: float = 0.3, decay: float = 0.5, cg_steps: int = 80) -> Imaml:
+    """Of a linear network, for which a task's problem is convex."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 3)).double()
+    return Imaml(Tasks(noisy(4), 3, 1, 2, seed=0), network, steps, rate, decay, cg_steps)
+
+
+def test_imamls_gradient_is_a_dense_solve_at_scipys_minimum():
+    learner = softmax()
+    names, start = zip(*learner.constant().items(), strict=True)
+    flat = torch.cat([w.flatten() for w in start])
+
+    def cross_entropy(weights: Tensor, images: Tensor, labels: Tensor) -> Tensor:
+        parts = weights.split([w.numel() for w in start])
+        shaped = {name: p.view_as(w) for name, p, w in zip(names, parts, start, strict=True)}
+        logits = functional_call(learner.network, shaped, (images,))
+        return nn.functional.cross_entropy(logits, labels)
+
+    episode = learner.tasks(torch.arange(2))
+    loss, _ = learner.loss(episode)
+    loss.backward()
+    expected, values = torch.zeros_like(flat), []
+    for task in range(2):
+        support = (episode.support[task], episode.support_labels[task])
+        query = (episode.query[task], episode.query_labels[task])
+
+        def inner(weights, support=support):
+            weights = torch.tensor(weights, requires_grad=True)
+            value = cross_entropy(weights, *support) + 0.25 * (weights - flat).square().sum()
+            (slope,) = torch.autograd.grad(value, weights)
+            return value.item(), slope.numpy()
+
+        options = {"gtol": 1e-10, "ftol": 0, "maxiter": 1000}
+        found = minimize(inner, flat.numpy(), jac=True, method="L-BFGS-B", options=options)
+        own = torch.tensor(found.x, requires_grad=True)
+        values.append(cross_entropy(own, *query))
+        (slope,) = torch.autograd.grad(values[-1], own)
+        hessian = torch.autograd.functional.hessian(
+            lambda w, support=support: cross_entropy(w, *support), own
+        )
+        system = torch.eye(len(flat)).double() + hessian / 0.5
+        expected += torch.linalg.solve(system, slope) / 2
+    gradient = torch.cat([p.grad.flatten() for p in learner.network.parameters()])
+    torch.testing.assert_close(gradient, expected, atol=1e-6, rtol=1e-5)
+    assert loss.item() == pytest.approx(sum(values).item() / 2, rel=1e-6)
+
+
+def test_imamls_gradient_is_that_of_the_whole_way():
+    learner = softmax()
+    slope, difference = directional(learner, lambda: learner(torch.arange(2))[0])
+    assert slope == pytest.approx(difference, rel=1e-5)
+
+
+def test_imaml_is_biased_where_its_steps_do_not_reach_the_minimum():
+    learner = softmax(steps=2)
+    slope, difference = directional(learner, lambda: learner(torch.arange(2))[0])
+    assert slope != pytest.approx(difference, rel=1e-2)
+
+
+def test_conjugate_gradients_solve_each_task_and_end_where_curvature_is_not_positive():
+    torch.manual_seed(0)
+    root = torch.randn(5, 5).double()
+    matrices = torch.stack([root @ root.T + torch.eye(5), -torch.eye(5), torch.eye(5)]).double()
+    right = torch.randn(3, 5).double()
+    right[2] = 0
+
+    def solved(matrix: Tensor, right: Tensor) -> Tensor:
+        found = conjugate_gradients(lambda v: {"a": matrix @ v["a"]}, {"a": right}, 9)
+        return found["a"]
+
+    found = vmap(solved)(matrices, right)
+    torch.testing.assert_close(found[0], torch.linalg.solve(matrices[0], right[0]))
+    assert torch.equal(found[1:], right[1:])
+
+
+@pytest.mark.parametrize(("decay", "cg_steps"), [(0.0, 5), (-1.0, 5), (2.0, 0)])
+def test_imaml_needs_decay_and_steps(decay, cg_steps):
+    with pytest.raises(ValueError, match="decay and cg_steps must be positive"):
+        softmax(decay=decay, cg_steps=cg_steps)
+
+
+def test_imaml_learns():
+    tasks = Tasks(noisy(4), 3, 1, 2, seed=0)
+    learner = Imaml(tasks, linear(16, 3), 16, 0.3, decay=0.5, cg_steps=5)
+    new = Tasks(noisy(4), 3, 1, 2, seed=1)(torch.arange(60))
+    optimizer = torch.optim.Adam(learner.parameters(), lr=0.02)
+    before = learner.loss(new)[0].item()
+    for step in range(40):
+        optimizer.zero_grad()
+        learner(torch.arange(8 * step, 8 * step + 8))[0].backward()
+        optimizer.step()
+    after = learner.loss(new)[0].item()
+    assert after < 0.7 * before
 
 
 def test_reptiles_gradient_is_the_way_back_from_where_sgd_leads():

@@ -98,12 +98,18 @@ def decode(run: Run[Settings], **options) -> tuple[Decoder, object]:
     return decoder, result
 
 
+def final(decoder: Decoder) -> dict[str, Tensor]:
+    """All that a training leaves in it, the gradients of the last step included."""
+    slopes = {name: p.grad for name, p in decoder.named_parameters() if p.grad is not None}
+    return decoder.state_dict() | {f"{name}, gradient": slope for name, slope in slopes.items()}
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Train; every process leaves its own weights, to be compared."""
+    """Train; every process leaves what it ends with, to be compared."""
     run = parse(__doc__, {"cpu": Settings()}, arguments, name="toy")
     torch.set_num_threads(1)
     decoder, _ = decode(run, save_steps=4, find_unused_parameters=run.settings.unused)
-    torch.save(decoder.state_dict(), run.path(f"weights-{os.environ.get('RANK', '0')}.pt"))
+    torch.save(final(decoder), run.path(f"weights-{os.environ.get('RANK', '0')}.pt"))
 
 
 class Line(nn.Module):
@@ -653,6 +659,18 @@ def test_weights_in_another_memory_format_are_saved_and_come_back(tmp_path):
 # Several processes
 
 
+def by_accelerate(out: Path, *arguments: str) -> list[dict[str, Tensor]]:
+    """What each of two processes ends with, started by ``accelerate launch``."""
+    # --cpu would start one process, unless there is MPI. --multi_gpu needs no GPU.
+    flags = ("--multi_gpu", "--num_processes=2", "--num_machines=1", "--main_process_port=0")
+    plain = ("--mixed_precision=no", "--dynamo_backend=no")
+    command = [sys.executable, "-m", "accelerate.commands.launch", *flags, *plain]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    script = [__file__, f"--out={out}", "--quiet", *arguments]
+    subprocess.run([*command, *script], env=environment, check=True, timeout=300)
+    return [torch.load(out / f"weights-{rank}.pt") for rank in range(2)]
+
+
 def two_processes(out: Path, *arguments: str) -> list[dict[str, Tensor]]:
     """What each of two processes ends with, started as a launcher would start them."""
     with socket.socket() as free:
@@ -664,12 +682,13 @@ def two_processes(out: Path, *arguments: str) -> list[dict[str, Tensor]]:
     return [torch.load(out / f"weights-{rank}.pt") for rank in range(2)]
 
 
-def assert_two_are_one(folder: Path, *arguments: str) -> None:
+def assert_two_are_one(folder: Path, *arguments: str, launch=two_processes) -> None:
     one = parse(None, {"cpu": Settings()}, [f"--out={folder}/one", *arguments], name="toy")
     decoder, result = decode(one, find_unused_parameters=one.settings.unused)
-    first, second = two_processes(folder / "two", *arguments)
+    first, second = launch(folder / "two", *arguments)
     assert same(first, second)
-    torch.testing.assert_close(first, dict(decoder.state_dict()), atol=1e-6, rtol=0)
+    assert "layer.weight, gradient" in first
+    torch.testing.assert_close(first, dict(final(decoder)), atol=1e-6, rtol=0)
     rows = journal(folder / "two")
     assert [row["loss"] for row in rows] == pytest.approx(result.losses, abs=1e-6)
     assert [row["step"] for row in rows] == list(range(1, len(result.losses) + 1))
@@ -677,6 +696,11 @@ def assert_two_are_one(folder: Path, *arguments: str) -> None:
 
 def test_two_processes_do_what_one_does_on_uneven_batches(tmp_path):
     assert_two_are_one(tmp_path, "--steps=6")
+
+
+@pytest.mark.slow
+def test_two_processes_of_accelerate_launch_do_what_one_does(tmp_path):
+    assert_two_are_one(tmp_path, "--steps=6", launch=by_accelerate)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from .classifier import TaskClassifier
 from .conditioning import Conditioning, conditioning
 from .equilibrium import Equilibrium, Inner
+from .imaml import Imaml
 from .learner import Learner, accuracies, interval
 from .network import Maml, Prototypes, Reptile, convolutions
 from .tasks import Episode, Tasks
@@ -11,6 +12,7 @@ __all__ = [
     "Conditioning",
     "Episode",
     "Equilibrium",
+    "Imaml",
     "Inner",
     "Learner",
     "Maml",

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from einops import rearrange
 from torch import Tensor, nn
-from torch.func import functional_call, grad
+from torch.func import functional_call, grad, vmap
 
 from .learner import Learner, cross_entropy, share_right
 from .tasks import Episode, Tasks
@@ -48,25 +47,43 @@ class Gradient(Learner):
         super().__init__(tasks)
         self.network, self.steps, self.rate = network, steps, rate
 
+    def task_loss(self, weights: Weights, images: Tensor, labels: Tensor) -> Tensor:
+        """The mean cross entropy on some images of one task, ``()``."""
+        logits = functional_call(self.network, weights, (images,))
+        return cross_entropy(logits[None], labels[None])[0]
+
     def adapted(self, weights: Weights, images: Tensor, labels: Tensor) -> Weights:
         """The weights after the steps on one task; differentiable in those before."""
-
-        def loss(weights: Weights) -> Tensor:
-            logits = functional_call(self.network, weights, (images,))
-            return cross_entropy(logits[None], labels[None])[0]
-
         for _ in range(self.steps):
-            slope = grad(loss)(weights)
+            slope = grad(self.task_loss)(weights, images, labels)
             weights = {name: w - self.rate * slope[name] for name, w in weights.items()}
         return weights
 
+    def each_adapted(self, weights: Weights, images: Tensor, labels: Tensor) -> Weights:
+        """``adapted`` for every task: the weights get a leading dimension, of tasks."""
+        return vmap(self.adapted, in_dims=(None, 0, 0))(weights, images, labels)
+
+    def each_answer(self, own: Weights, images: Tensor) -> Tensor:
+        """The logits of every task's images under its own weights."""
+        return vmap(lambda w, i: functional_call(self.network, w, (i,)))(own, images)
+
+    def constant(self) -> Weights:
+        """The weights, to which no gradient goes."""
+        return {name: w.detach() for name, w in self.network.named_parameters()}
+
+    def reported(
+        self, logits: Tensor, episode: Episode, slope: Weights
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The queries' loss, with ``slope`` for its gradient: that of ⟨weights, slope⟩."""
+        surrogate = sum((w * slope[name]).sum() for name, w in self.network.named_parameters())
+        loss = cross_entropy(logits, episode.query_labels).mean()
+        accuracy = share_right(logits, episode.query_labels).mean()
+        return loss + surrogate - surrogate.detach(), {"accuracy": accuracy}
+
     def logits(self, episode: Episode) -> Tensor:
-        weights, found = dict(self.network.named_parameters()), []
-        support = zip(episode.support, episode.support_labels, episode.query, strict=True)
-        for images, labels, query in support:
-            own = self.adapted(weights, images, labels)
-            found.append(functional_call(self.network, own, (query,)))
-        return torch.stack(found)
+        weights = dict(self.network.named_parameters())
+        own = self.each_adapted(weights, episode.support, episode.support_labels)
+        return self.each_answer(own, episode.query)
 
 
 class Maml(Gradient):
@@ -79,30 +96,17 @@ class Maml(Gradient):
 class Reptile(Gradient):
     """Trained to be near the weights that each task leads to, by first derivatives alone.
 
-    The gradient of the surrogate loss ⟨θ, θ − θ'⟩, in which θ' is what the steps on all of a task's
-    images lead to and the difference is a constant, is θ − θ', Reptile's direction. What is
+    The gradient is θ − θ', θ' being what the steps on all of a task's images lead to. What is
     reported is the queries' loss at θ'.
 
     Source: Nichol, Achiam, Schulman, "On first-order meta-learning algorithms", 2018.
     """
 
     def loss(self, episode: Episode) -> tuple[Tensor, dict[str, Tensor]]:
-        weights, found = dict(self.network.named_parameters()), []
-        constant = {name: w.detach() for name, w in weights.items()}
-        moved = {name: torch.zeros_like(w) for name, w in constant.items()}
-        for images, labels, query in zip(
-            episode.images, episode.labels, episode.query, strict=True
-        ):
-            own = self.adapted(constant, images, labels)
-            for name, w in own.items():
-                moved[name] += (constant[name] - w) / len(episode)
-            with torch.no_grad():
-                found.append(functional_call(self.network, own, (query,)))
-        logits = torch.stack(found)
-        surrogate = sum((w * moved[name]).sum() for name, w in weights.items())
-        reported = cross_entropy(logits, episode.query_labels).mean()
-        accuracy = share_right(logits, episode.query_labels).mean()
-        return reported + surrogate - surrogate.detach(), {"accuracy": accuracy}
+        weights = self.constant()
+        own = self.each_adapted(weights, episode.images, episode.labels)
+        moved = {name: w - own[name].mean(dim=0) for name, w in weights.items()}
+        return self.reported(self.each_answer(own, episode.query), episode, moved)
 
 
 class Prototypes(Learner):
