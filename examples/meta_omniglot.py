@@ -22,7 +22,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -70,6 +70,10 @@ class Settings:
         ways: classes of a task.
         shots: drawings of each class to learn from.
         queries: drawings of each class to be asked about.
+        train_ways: classes of the tasks that equilibrium and prototypes train on. They can read any
+            number, and many others to be told from teach more; the rest train on ``ways``.
+        train_queries: drawings of each class to be asked about in those.
+        train_batch: such tasks a step.
         characters: at most so many of each part (Omniglot only); none: all.
         rotations: train on characters turned by 90, 180 and 270 degrees as well (Omniglot only).
         channels: of the equilibrium's branches, finest first.
@@ -108,25 +112,28 @@ class Settings:
     ways: int = 5
     shots: int = 1
     queries: int = 3
+    train_ways: int = 20
+    train_queries: int = 1
+    train_batch: int = 4
     characters: int | None = None
     rotations: bool = True
     channels: tuple[int, ...] = (32, 32)
     expansion: int = 2
-    stride: int = 4
-    stem: int = 3
+    stride: int = 8
+    stem: int = 4
     pool: int = 4
     task: int = 64
     head: Literal["task", "shared"] = "task"
     decay: float = 1.0
-    sweeps: int = 10
-    query_steps: int = 8
+    sweeps: int = 6
+    query_steps: int = 5
     gradient: Literal["frozen", "implicit", "envelope"] = "frozen"
-    adjoint_steps: int = 10
+    adjoint_steps: int = 4
     penalty: float = 0.03
-    rate: float = 4e-3
+    rate: float = 3e-3
     batch: int = 12
     methods: Literal["all", "equilibrium", "prototypes", "maml", "imaml", "reptile"] = "all"
-    minutes: float = 12.0
+    minutes: float = 10.0
     steps: int | None = None
     width: int = 32
     inner_steps: int = 3
@@ -145,6 +152,11 @@ class Settings:
         for name in ("minutes", "batch", "curve_points", "curve_tasks", "test_tasks"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive; got {getattr(self, name)!r}")
+        if self.head == "shared" and self.train_ways != self.ways:
+            raise ValueError(
+                f"a shared head reads one number of classes; got ways {self.ways} and train_ways "
+                f"{self.train_ways}. Make them equal, or use --head task."
+            )
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps must be positive or none; got {self.steps}")
 
@@ -152,14 +164,14 @@ class Settings:
 PRESETS = {
     "cpu": Settings(),
     "smoke": Settings(
-        characters=150, rotations=False, steps=12, batch=4, curve_tasks=10, curve_points=1,
-        test_tasks=20, study_tasks=2, study_steps=30, inner_steps=1,
+        characters=150, rotations=False, steps=12, batch=4, train_batch=2, curve_tasks=10,
+        curve_points=1, test_tasks=20, study_tasks=2, study_steps=30, inner_steps=1,
     ),
     # The paper gives its sizes and its solver (--solver paper), and no time.
     "paper": Settings(
         channels=(64, 128), expansion=5, stride=1, stem=1, task=400, head="shared", decay=1.0,
         sweeps=100, query_steps=100, adjoint_steps=100, penalty=0.5, rate=1e-3, batch=16,
-        minutes=1440.0, width=64, queries=15,
+        minutes=1440.0, width=64, queries=15, train_ways=5, train_queries=15, train_batch=16,
     ),
 }  # fmt: skip
 
@@ -181,10 +193,25 @@ def inner_solver(name: str) -> Any:
     return implicitopt.Joint(implicitopt.Anderson("II", memory=10), steps)
 
 
-def make(method: str, tasks: Tasks, run: Run[Settings]) -> Learner:
-    """An untrained learner."""
+def many_ways(method: str) -> bool:
+    """Whether a method can train on tasks of more classes than it is tested on."""
+    return method in ("equilibrium", "prototypes")
+
+
+def batch_of(method: str, settings: Settings) -> int:
+    """The tasks of a training step."""
+    return settings.train_batch if many_ways(method) else settings.batch
+
+
+def make(method: str, background: Characters, run: Run[Settings]) -> Learner:
+    """An untrained learner, and the tasks to train on."""
     settings = run.settings
     set_seed(run.seed)
+    ways, queries = settings.ways, settings.queries
+    if many_ways(method):
+        ways, queries = settings.train_ways, settings.train_queries
+    seed = seed_of(run.seed, TRAINING)
+    tasks = Tasks(background, ways, settings.shots, queries, seed)
     size = tasks.pixels.shape[-1]
     if method == "equilibrium":
         given = asdict(settings)
@@ -203,13 +230,13 @@ def make(method: str, tasks: Tasks, run: Run[Settings]) -> Learner:
     return kind(tasks, network, settings.inner_steps, settings.inner_rate)
 
 
-def affordable(learner: Learner, settings: Settings) -> int:
+def affordable(learner: Learner, batch: int, settings: Settings) -> int:
     """Steps that take the minutes, by the time of a few here."""
     learner.to("cuda" if torch.cuda.is_available() else "cpu")
     times = []
     for step in range(4):
         begin = time.perf_counter()
-        loss, _ = learner(torch.arange(step * settings.batch, (step + 1) * settings.batch))
+        loss, _ = learner(torch.arange(step * batch, (step + 1) * batch))
         loss.backward()
         times.append(time.perf_counter() - begin)
         learner.zero_grad()
@@ -227,7 +254,8 @@ def planned(learner: Learner, run: Run[Settings], name: str) -> int:
     path = run.path("steps.json")
     known = json.loads(path.read_text(encoding="utf-8")) if run.resume and path.exists() else {}
     if name not in known:
-        known[name] = run.settings.steps or affordable(learner, run.settings)
+        batch = batch_of(name, run.settings)
+        known[name] = run.settings.steps or affordable(learner, batch, run.settings)
         if main_process():
             write_json(path, known)
     return known[name]
@@ -238,7 +266,8 @@ def train(learner: Learner, run: Run[Settings], name: str, curve: Tasks) -> Resu
     settings = run.settings
     steps = planned(learner, run, name)
     rate = settings.rate if name == "equilibrium" else 1e-3
-    training = Training(steps, settings.batch, rate, warmup=min(20, steps // 4), clip=1.0)
+    batch = batch_of(name, settings)
+    training = Training(steps, batch, rate, warmup=min(20, steps // 4), clip=1.0)
 
     def evaluate(learner: Learner) -> dict[str, float]:
         curve.to(learner.tasks.pixels.device)
@@ -248,7 +277,7 @@ def train(learner: Learner, run: Run[Settings], name: str, curve: Tasks) -> Resu
     if not run.quiet and main_process():
         tqdm.write(f"{name}: {steps} steps")
     every = max(steps // settings.curve_points, 1)
-    items = steps * settings.batch  # one epoch: no task comes twice
+    items = steps * batch  # one epoch: no task comes twice
     with warnings.catch_warnings():
         # Few adjoint steps are the setting: some tasks miss the tolerance in nearly every step.
         warnings.simplefilter("ignore", implicitopt.AdjointWarning)
@@ -329,19 +358,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     matplotlib.use("Agg")
     bar = partial(tqdm, disable=run.quiet or not main_process(), leave=False, desc="test")
     background, evaluation = (characters(run, split) for split in ("background", "evaluation"))
-    drawn: Callable[..., Tasks] = partial(Tasks, ways=settings.ways, shots=settings.shots)
-    tasks = drawn(background, queries=settings.queries, seed=seed_of(run.seed, TRAINING))
     curve, test = (
-        drawn(evaluation, queries=5, seed=seed_of(run.seed, stream)) for stream in (CURVE, TEST)
+        Tasks(evaluation, settings.ways, settings.shots, queries=5, seed=seed_of(run.seed, stream))
+        for stream in (CURVE, TEST)
     )
     methods = METHODS if settings.methods == "all" else (settings.methods,)
     results: dict[str, Any] = {"methods": {}, "adjoint": []}
     curves = {}
     for method in methods:
-        learner = make(method, tasks, run)
+        learner = make(method, background, run)
         result = train(learner, run, method, curve)
         learner.eval()
-        found = accuracies(learner, test.to(tasks.pixels.device), settings.test_tasks, 10, bar)
+        test.to(learner.tasks.pixels.device)
+        found = accuracies(learner, test, settings.test_tasks, 10, bar)
         accuracy, half = interval(found)
         curves[method] = [(minutes(result, r), 100 * r["accuracy"]) for r in result.evaluations]
         results["methods"][method] = {

@@ -35,8 +35,8 @@ class TaskClassifier(FilmClassifier):
 
     x is a dict: "film" ``(T, task)``, which enters the equilibrium, and, where the head is the
     task's, "head" ``(T, ways, features)``, the classes' directions. These are 0 at the start, so
-    that the model has no order of the classes to unlearn; with a shared head, which is the paper's,
-    "film" alone must say which class is which.
+    that the model has no order of the classes to unlearn, and a task may have any number of them;
+    with a shared head, which is the paper's, "film" alone must say which class is which.
 
     Args:
         head: "task" or "shared".
@@ -50,7 +50,7 @@ class TaskClassifier(FilmClassifier):
         self,
         head: Literal["task", "shared"],
         stem: int = 1,
-        sharpness: float = 8.0,
+        sharpness: float = 16.0,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -60,14 +60,17 @@ class TaskClassifier(FilmClassifier):
         self.ways, self.own_head = options["ways"], head == "task"
         if self.own_head:
             self.features = self.head.linear.in_features
+            for branch in self.head.branches:
+                # Features that are all positive point nearly the same way.
+                branch[1] = nn.Identity()
             self.head.linear = nn.Identity()
             self.log_sharpness = nn.Parameter(torch.tensor(sharpness).log())
 
-    def blank(self, images: Tensor) -> Vector:
-        """The vector of a task of which nothing is known."""
+    def blank(self, images: Tensor, ways: int | None = None) -> Vector:
+        """The vector of a task of which nothing is known; of so many classes, if not the usual."""
         x = {"film": images.new_zeros(len(images), self.task)}
         if self.own_head:
-            x["head"] = images.new_zeros(len(images), self.ways, self.features)
+            x["head"] = images.new_zeros(len(images), ways or self.ways, self.features)
         return x
 
     def map(self, images: Tensor) -> Callable[[State, Vector], State]:

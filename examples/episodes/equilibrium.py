@@ -80,10 +80,11 @@ class Equilibrium(Learner):
 
     def learn(self, images: Tensor, labels: Tensor, **options: Any) -> implicitopt.Solution:
         """The solve for the vectors of tasks; ``options`` are more of `implicitopt.solve`'s."""
+        ways = int(labels.max()) + 1  # training tasks may have more than those of the test
         return implicitopt.solve(
             self.model.map(images),
             self.task_loss(labels),
-            self.model.blank(images),
+            self.model.blank(images, ways),
             self.model.start(images),
             solver=self.inner.solver,
             max_steps=self.inner.sweeps,

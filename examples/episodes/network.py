@@ -130,7 +130,7 @@ class Prototypes(Learner):
 
     def logits(self, episode: Episode) -> Tensor:
         support = rearrange(
-            self.features(episode.support), "t (k s) d -> t k s d", k=self.tasks.ways
+            self.features(episode.support), "t (k s) d -> t k s d", s=self.tasks.shots
         )
         apart = self.features(episode.query)[:, :, None] - support.mean(dim=2)[:, None]
         return -apart.square().mean(dim=-1) * SHARPNESS
