@@ -329,7 +329,7 @@ def main(arguments: list[str] | None = None) -> None:
     shown, sampled = {"held-out": jury.images}, {}
     for method, objective in objectives.items():
         found, shown[method], drawn = judge(objective, run, jury, held_out, bar)
-        sampled |= {f"{method}, {density}": images for density, images in drawn.items()}
+        sampled |= {f"{method}\n{density}": images for density, images in drawn.items()}
         methods[method] |= found
         if method == "mdeq-vae":
             name = "mdeq-vae, solved"
