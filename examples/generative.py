@@ -7,8 +7,10 @@ for an equal time: a VAE, an AE and a RAE of plain convolutions, and a VAE and a
 equilibrium decoder; and with that VAE's decoder when its codes are solved for, too.
 
 Prints, for held-out images, the error of their reconstructions, and the Fréchet distances to them
-of the reconstructions and of samples from a Gaussian mixture fitted to the training images' codes
-(on EfficientNet-Lite0's features: not the FID). Draws both, and the cost of solves against time.
+of the reconstructions and of samples: on EfficientNet-Lite0's features, which is not the FID, and
+the FID as well where torch-fidelity and its weights are on this disk. Samples are of codes from a
+Gaussian mixture, and from a small VAE, that were fitted to the training images' codes. Draws all of
+them, and the cost of solves against time.
 
 Faces are read from --data, any folder of pictures; see --dataset for others.
 """
@@ -40,6 +42,7 @@ from generators import (
     save,
 )
 from generators.clock import steps_within
+from generators.code_vae import draw_by_vae
 from generators.density import draw
 from generators.jury import Jury
 from generators.pictures import cost, sheet
@@ -235,21 +238,23 @@ def training_codes(objective: Trained | Autoencoder, how: Search, bar) -> Tensor
 
 def judge(
     objective: Trained | Autoencoder, run: Run[Settings], jury: Jury, held_out: Tensor, bar
-) -> tuple[dict[str, float | None], Tensor, Tensor]:
-    """What the model makes of the held-out images, its reconstructions, and samples."""
+) -> tuple[dict[str, float | None], Tensor, dict[str, Tensor]]:
+    """What the model makes of the held-out images, its reconstructions, and samples by density."""
     how = search(run, run.settings.test_sweeps)
     begin = time.perf_counter()
     codes = codes_of(objective, held_out, how, bar)
     seconds = time.perf_counter() - begin
     shown = decode(objective.decoder, codes)
-    drawn = draw(training_codes(objective, how, bar), len(held_out), run.seed)
-    sampled = decode(objective.decoder, drawn)
-    found = jury.error(shown) | {
-        "frechet_reconstructions": jury.distance(shown),
-        "frechet_samples": jury.distance(sampled),
-        "code_seconds": seconds / len(held_out),
+    known = training_codes(objective, how, bar)
+    drawn = {
+        "mixture": draw(known, len(held_out), run.seed),
+        "VAE": draw_by_vae(known, len(held_out), run.seed, bar),
     }
-    return found, shown, sampled
+    sampled = {density: decode(objective.decoder, new) for density, new in drawn.items()}
+    found = jury.error(shown) | jury.distances(shown, "reconstructions")
+    found |= jury.distances(sampled["mixture"], "samples")
+    found |= jury.distances(sampled["VAE"], "vae_samples")
+    return found | {"code_seconds": seconds / len(held_out)}, shown, sampled
 
 
 def solved_after(
@@ -261,7 +266,7 @@ def solved_after(
     codes = find_codes(objective.decoder, held_out / 255, how, bar=bar)
     seconds = (time.perf_counter() - begin) / len(held_out)
     shown = decode(objective.decoder, codes)
-    found = jury.error(shown) | {"frechet_reconstructions": jury.distance(shown)}
+    found = jury.error(shown) | jury.distances(shown, "reconstructions")
     return found | {"code_seconds": seconds}, shown
 
 
@@ -275,15 +280,20 @@ def show(methods: dict[str, dict], curves: list[Curve]) -> str:
         "PSNR": "psnr",
         "Fréchet, rec.": "frechet_reconstructions",
         "Fréchet, samples": "frechet_samples",
+        "Fréchet, by VAE": "frechet_vae_samples",
+        "FID, rec.": "fid_reconstructions",
+        "FID, samples": "fid_samples",
+        "FID, by VAE": "fid_vae_samples",
         "s/code": "code_seconds",
+    }
+    columns = {  # without those of absent networks
+        title: key
+        for title, key in columns.items()
+        if any(found.get(key) is not None for found in methods.values())
     }
     rows = [
         (name, *(found.get(key) for key in columns.values())) for name, found in methods.items()
     ]
-    if all(found.get("frechet_reconstructions") is None for found in methods.values()):
-        keep = [i for i, title in enumerate(("", *columns)) if "Fréchet" not in title]
-        rows = [tuple(row[i] for i in keep) for row in rows]
-        columns = {title: key for title, key in columns.items() if "Fréchet" not in title}
     nested = curves[-1].points[-1]
     raced = [
         (c.solver, p.loss, p.f, p.vjp, p.seconds, seconds_to(c, nested.loss))
@@ -318,7 +328,8 @@ def main(arguments: list[str] | None = None) -> None:
     jury = Jury(held_out, run.quiet)
     shown, sampled = {"held-out": jury.images}, {}
     for method, objective in objectives.items():
-        found, shown[method], sampled[method] = judge(objective, run, jury, held_out, bar)
+        found, shown[method], drawn = judge(objective, run, jury, held_out, bar)
+        sampled |= {f"{method}\n{density}": images for density, images in drawn.items()}
         methods[method] |= found
         if method == "mdeq-vae":
             name = "mdeq-vae, solved"

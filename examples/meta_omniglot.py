@@ -96,10 +96,10 @@ class Settings:
         steps: of training for each method, whatever time they take; none: as minutes allow.
         width: channels of the other methods' network.
         inner_steps: gradient steps on a task, of MAML and Reptile.
-        inner_rate: their length.
+        inner_rate: their length, and that of iMAML's.
         imaml_steps: gradient steps on a task, of iMAML.
-        imaml_rate: their length.
-        imaml_decay: how strongly a task's weights are drawn towards those before, in iMAML.
+        imaml_decay: how strongly a task's weights are drawn towards those before, in iMAML;
+            its authors have 2.
         cg_steps: of conjugate gradients, for iMAML's outer gradient.
         curve_tasks: new tasks on which learning curves are measured.
         curve_points: points of a learning curve.
@@ -139,8 +139,7 @@ class Settings:
     inner_steps: int = 3
     inner_rate: float = 0.03
     imaml_steps: int = 16
-    imaml_rate: float = 0.1
-    imaml_decay: float = 2.0
+    imaml_decay: float = 0.5
     cg_steps: int = 5
     curve_tasks: int = 40
     curve_points: int = 8
@@ -224,8 +223,8 @@ def make(method: str, background: Characters, run: Run[Settings]) -> Learner:
         return Prototypes(tasks, convolutions(settings.width, None, size))
     network = convolutions(settings.width, tasks.ways, size)
     if method == "imaml":
-        how = (settings.imaml_steps, settings.imaml_rate, settings.imaml_decay, settings.cg_steps)
-        return Imaml(tasks, network, *how)
+        steps, decay = settings.imaml_steps, settings.imaml_decay
+        return Imaml(tasks, network, steps, settings.inner_rate, decay, settings.cg_steps)
     kind = {"maml": Maml, "reptile": Reptile}[method]
     return kind(tasks, network, settings.inner_steps, settings.inner_rate)
 

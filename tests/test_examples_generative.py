@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ pytest.importorskip("sklearn")
 
 from scipy.linalg import sqrtm
 
+import fid
 import frechet
 import generative
 import implicitopt
@@ -33,7 +36,9 @@ from generators import (
 )
 from generators.autoencoders import divergence
 from generators.clock import steps_within
+from generators.code_vae import draw_by_vae
 from generators.density import components, draw
+from generators.jury import Jury
 from generators.race import Curve, Point, seconds_to
 from generators.reading import resized
 
@@ -60,6 +65,51 @@ def test_distance_of_shifted_features_is_the_shift_also_with_fewer_images_than_f
     features = torch.randn(5, 20)
     assert frechet.distance(features, features) == pytest.approx(0, abs=1e-9)
     assert frechet.distance(features, features + 2) == pytest.approx(20 * 4, rel=1e-5)
+
+
+class Inception(torch.nn.Module):
+    """Stands for torch-fidelity's: the mean of each colour, and its options."""
+
+    def __init__(self, name, features, feature_extractor_weights_path):
+        super().__init__()
+        self.given = (name, features, feature_extractor_weights_path)
+
+    def forward(self, images):
+        assert images.dtype == torch.uint8
+        return (images.float().mean(dim=(2, 3)),)
+
+
+def test_fid_is_of_what_is_on_the_disk_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(frechet, "network", lambda: None)
+    module = "torch_fidelity.feature_extractor_inceptionv3"
+    monkeypatch.setitem(sys.modules, "torch_fidelity", types.ModuleType("torch_fidelity"))
+    monkeypatch.setitem(sys.modules, module, None)  # importing it fails
+    path = tmp_path / "checkpoints" / fid.WEIGHTS
+    path.parent.mkdir()
+    path.touch()
+    assert fid.network() is None
+    stub = types.SimpleNamespace(FeatureExtractorInceptionV3=Inception)
+    monkeypatch.setitem(sys.modules, module, stub)
+    assert fid.network().given == ("inception-v3-compat", ["2048"], str(path))
+    jury = Jury(torch.randint(0, 256, (5, 1, 4, 4), dtype=torch.uint8), quiet=True)
+    lighter = jury.images * 0 + 1
+    expected = 3 * (255 - 255 * jury.images.mean()).item() ** 2
+    expected += 3 * (255 * jury.images.mean(dim=(1, 2, 3))).var().item()
+    found = jury.distances(lighter, "samples")
+    assert found == {"frechet_samples": None, "fid_samples": pytest.approx(expected, rel=1e-4)}
+    path.unlink()
+    assert fid.network() is None
+    jury = Jury(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), quiet=True)
+    assert jury.distances(lighter, "samples") == {"frechet_samples": None, "fid_samples": None}
+
+
+def test_columns_of_absent_networks_are_left_out():
+    method = {"mse": 0.1, "frechet_samples": None, "fid_samples": 12.5}
+    shown = generative.show({"jiio": method}, [Curve("joint", (Point(1.0, 2.0, 1, 1, 1),))])
+    assert "FID, samples" in shown
+    assert "12.5" in shown
+    assert "Fréchet" not in shown
 
 
 @pytest.mark.parametrize("shape", [(1, 4), (3, 4, 2)])
@@ -182,6 +232,49 @@ def test_drawn_codes_have_the_moments_of_those_given():
     assert torch.allclose(drawn.mean(dim=0), codes.mean(dim=0), atol=0.15)
     assert torch.allclose(drawn.T.cov(), codes.T.cov(), rtol=0.1, atol=0.1)
     assert torch.equal(drawn, draw(codes, 4000, seed=0))
+
+
+def quietly(steps, desc):
+    return steps
+
+
+def test_codes_drawn_by_a_vae_have_the_moments_of_those_given():
+    """Of a correlated mixture of two normal distributions, within a tenth of its spread."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.tensor([[3.0, 0.0], [1.0, 0.5]])
+    codes = torch.randn(4000, 2, generator=generator) @ mixing + torch.tensor([1.0, -2.0])
+    codes[:2000] += torch.tensor([12.0, 0.0])
+    drawn = draw_by_vae(codes, 4000, 0, quietly)
+    spread = codes.std(dim=0)
+    assert ((drawn.mean(dim=0) - codes.mean(dim=0)).abs() < 0.1 * spread).all()
+    apart = (drawn.T.cov() - codes.T.cov()).abs()
+    assert (apart < 0.1 * spread * spread[:, None]).all()
+
+
+def test_a_vae_draws_the_same_codes_from_the_same_seed_and_leaves_the_generator(monkeypatch):
+    monkeypatch.setattr("generators.code_vae.STEPS", 100)
+    torch.manual_seed(0)
+    codes, before = torch.randn(40, 3).double(), torch.get_rng_state()
+    with torch.no_grad():
+        one, same, other = (draw_by_vae(codes, 7, seed, quietly) for seed in (1, 1, 2))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+    assert one.shape == (7, 3)
+    assert one.dtype == torch.float64
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("codes", "message"),
+    [
+        (torch.tensor([[0.0, 1.0], [torch.nan, 2.0], [torch.inf, 2.0]]), "finite; 2 of 3 are not"),
+        (torch.zeros(1, 4), "N > 1"),
+        (torch.zeros(4), "N > 1"),
+    ],
+)
+def test_a_vae_says_what_codes_it_needs(codes, message):
+    with pytest.raises(ValueError, match=message):
+        draw_by_vae(codes, 5, 0, quietly)
 
 
 def test_mixture_has_no_more_components_than_codes_can_bear():

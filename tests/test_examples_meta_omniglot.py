@@ -208,10 +208,12 @@ def test_imaml_is_biased_where_its_steps_do_not_reach_the_minimum():
     assert slope != pytest.approx(difference, rel=1e-2)
 
 
-def test_conjugate_gradients_solve_each_task_and_end_where_curvature_is_not_positive():
+def test_conjugate_gradients_solve_each_task_and_end_where_the_hessian_is_negative():
     torch.manual_seed(0)
     root = torch.randn(5, 5).double()
-    matrices = torch.stack([root @ root.T + torch.eye(5), -torch.eye(5), torch.eye(5)]).double()
+    matrices = torch.stack(
+        [root @ root.T + torch.eye(5), 0.8 * torch.eye(5), torch.eye(5)]
+    ).double()
     right = torch.randn(3, 5).double()
     right[2] = 0
 

@@ -25,10 +25,11 @@ def plus(left: Weights, scale: Tensor | float, right: Weights) -> Weights:
 def conjugate_gradients(
     product: Callable[[Weights], Weights], right: Weights, steps: int
 ) -> Weights:
-    """Some steps from 0 towards the v with product(v) = right.
+    """Some steps from 0 towards the v with product(v) = v + Hv/λ = right.
 
-    The product is symmetric. Where it proves not positive, away from a minimum, the steps end;
-    if that is at the first, v is ``right``.
+    Of a convex loss H is not negative. Where it proves to be, along a direction, the system may be
+    singular and the next step far too long: the steps end, and if that is at the first, v is
+    ``right``.
     """
     found = {name: torch.zeros_like(w) for name, w in right.items()}
     residual, direction, square = right, right, dot(right, right)
@@ -36,13 +37,17 @@ def conjugate_gradients(
     for _ in range(steps):
         image = product(direction)
         curvature = dot(direction, image)
-        going = going & (curvature > 0)  # False as well when there is nothing left to solve
+        going = going & (curvature > LEAST * dot(direction, direction))
         first = going if first is None else first
         length = torch.where(going, square / curvature, 0)
         found, residual = plus(found, length, direction), plus(residual, -length, image)
         square, before = dot(residual, residual), square
         direction = plus(residual, torch.where(before > 0, square / before, 0), direction)
     return {name: torch.where(first, w, right[name]) for name, w in found.items()}
+
+
+#: The least curvature of I + H/λ where H is not negative, which is 1, less room for rounding.
+LEAST = 0.9
 
 
 class Imaml(Gradient):
@@ -53,7 +58,8 @@ class Imaml(Gradient):
 
     The system is solved by conjugate gradients, of which a step costs one more backward pass, and
     no step towards φ is kept. The formula holds at the minimizer: after few gradient steps, or few
-    of conjugate gradients, the gradient is biased.
+    of conjugate gradients, the gradient is biased. With convolutions H is often indefinite at φ,
+    and conjugate gradients end early, another bias; the authors' code adds to I and to λ instead.
 
     Source: Rajeswaran, Finn, Kakade, Levine, "Meta-learning with implicit gradients", NeurIPS 2019
     (its algorithms 1 and 2).

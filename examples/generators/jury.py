@@ -6,6 +6,7 @@ import math
 
 from torch import Tensor
 
+import fid
 import frechet
 
 
@@ -18,6 +19,10 @@ class Jury:
         if self.network is not None:
             self.network = self.network.to(held_out.device)
             self.features = frechet.features(self.network, self.images, quiet=quiet)
+        self.inception = fid.network()
+        if self.inception is not None:
+            self.inception = self.inception.to(held_out.device)
+            self.fid_features = fid.features(self.inception, self.images)
 
     def error(self, shown: Tensor) -> dict[str, float]:
         """Squared error a pixel, and the PSNR of pixels in [0, 1] in dB, over all images."""
@@ -30,3 +35,13 @@ class Jury:
             return None
         found = frechet.features(self.network, shown, quiet=self.quiet)
         return frechet.distance(found, self.features)
+
+    def fid(self, shown: Tensor) -> float | None:
+        """The same on the FID's features."""
+        if self.inception is None:
+            return None
+        return frechet.distance(fid.features(self.inception, shown), self.fid_features)
+
+    def distances(self, shown: Tensor, of: str) -> dict[str, float | None]:
+        """Both, under the names of results."""
+        return {f"frechet_{of}": self.distance(shown), f"fid_{of}": self.fid(shown)}
