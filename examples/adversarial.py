@@ -9,8 +9,8 @@ each of its 20 steps. `implicitopt.solve` finds state, adjoint and δ together i
 its solution carries the gradient in the weights, which is all that training needs.
 
 After a start on clean images the same weights are trained in three ways: on clean images, on images
-attacked jointly, and on images attacked by PGD. Each classifier is then attacked by both, and by a
-referee that is not of this project if it is installed (`pip install
+attacked jointly, and, for as long, on images attacked by PGD. Each classifier is then attacked by
+both, and by a referee that is not of this project if it is installed (`pip install
 adversarial-robustness-toolbox`). All accuracies are at equilibria that were solved for anew.
 
 The paper's runs are `--preset paper --solver paper`, with `--dataset cifar10` and `--radius 0.5`.
@@ -37,7 +37,7 @@ from data import cifar10, mnist
 from data.images import Images
 from experiment import Run, main_process, parse, solver
 from mdeq import Classifier
-from training import Training, fit
+from training import Training, fit, steps_within
 
 Data = tuple[Tensor, Tensor]  # images and labels
 READERS = {"mnist": mnist, "cifar10": cifar10}
@@ -58,7 +58,8 @@ class Settings:
         stride: the finest branch is at 1/stride of the image's size.
         expansion: how much wider the inside of a block is.
         start_steps: training steps on clean images that all methods start from; 0: none.
-        steps: training steps of each method.
+        steps: training steps of the joint method; PGD gets as much time, if both are trained.
+        clean_steps: training steps on clean images, after those that all start from.
         batch: images a step.
         rate: Adam's peak learning rate.
         sweeps: of the joint attack in training, and of clean training.
@@ -80,17 +81,18 @@ class Settings:
     methods: tuple[str, ...] = ("clean", "joint", "pgd")
     radius: float = 1.0
     clip: bool = False
-    channels: tuple[int, ...] = (16, 32)
-    stride: int = 2
+    channels: tuple[int, ...] = (32, 48)
+    stride: int = 4
     expansion: int = 2
     start_steps: int = 300
-    steps: int = 1200
+    steps: int = 4000
+    clean_steps: int = 600
     batch: int = 32
     rate: float = 4e-3
-    sweeps: int = 10
+    sweeps: int = 8
     train_pgd_steps: int = 5
-    jacobian: float = 0.1
-    penalized: int = 16
+    jacobian: float = 0.05
+    penalized: int = 8
     pgd_steps: int = 20
     pgd_rate: float = 0.2
     attack_sweeps: int = 40
@@ -113,8 +115,10 @@ PRESETS = {
     "cpu": Settings(),
     "smoke": Settings(
         channels=(8, 16),
+        stride=2,
         start_steps=40,
         steps=20,
+        clean_steps=10,
         batch=24,
         rate=8e-3,
         sweeps=6,
@@ -135,6 +139,7 @@ PRESETS = {
         expansion=5,
         start_steps=0,
         steps=30_000,
+        clean_steps=30_000,
         batch=96,
         rate=1e-3,
         sweeps=80,
@@ -179,11 +184,19 @@ def watch(run: Run[Settings], data: Data, objective: Robust) -> dict[str, float]
 
 
 def train(
-    run: Run[Settings], model: Classifier, name: str, images: Images, watched: Data
+    run: Run[Settings],
+    model: Classifier,
+    name: str,
+    images: Images,
+    watched: Data,
+    seconds: float | None = None,
 ) -> dict[str, Any]:
-    """Train the model in place, as a start or by the method of that name; what became of it."""
+    """Train the model in place, as a start or by the method of that name; what became of it.
+
+    For as many steps as the settings say, or as take so many ``seconds``.
+    """
     s = run.settings
-    method, steps = ("clean", s.start_steps) if name == "start" else (name, s.steps)
+    method = "clean" if name == "start" else name
     objective = Robust(
         model,
         training_attack(method, run),
@@ -192,6 +205,10 @@ def train(
         penalized=s.penalized,
         flips=s.dataset == "cifar10",
     )
+    steps = {"start": s.start_steps, "clean": s.clean_steps}.get(name, s.steps)
+    if seconds is not None:
+        path = run.path(f"{name}/steps.json")
+        steps = steps_within(path, objective, seconds, len(images), s.batch, resume=run.resume)
     plan = Training(steps, s.batch, s.rate, warmup=steps // 10, clip=1.0)
     every = max(1, steps // s.watches)
     look = partial(watch, run, watched)
@@ -224,7 +241,8 @@ def train_all(
     models = {}
     for method in s.methods:
         model = copy.deepcopy(start)
-        facts[method] = train(run, model, method, images, watched)
+        equal = facts["joint"]["seconds"] if method == "pgd" and "joint" in facts else None
+        facts[method] = train(run, model, method, images, watched, equal)
         models[method] = model.eval().requires_grad_(False)
     return models, facts
 

@@ -41,14 +41,13 @@ from generators import (
     parameters,
     save,
 )
-from generators.clock import steps_within
 from generators.code_vae import draw_by_vae
 from generators.density import draw
 from generators.jury import Jury
 from generators.pictures import cost, sheet
 from generators.race import Curve, race, seconds_to
 from generators.reading import read_images
-from training import Training, fit
+from training import Training, fit, steps_within
 
 METHODS = ("jiio", "vae", "ae", "rae", "mdeq-vae", "mdeq-ae")
 DENSITY_IMAGES = 10_000  # enough for a mixture of 20, and encoded or solved for after training
@@ -196,7 +195,9 @@ def train(
     steps = settings.steps
     if not first:
         path = run.path(f"{method}/steps.json")
-        steps = steps_within(path, objective, seconds, settings.batch, resume=run.resume)
+        steps = steps_within(
+            path, objective, seconds, len(images), settings.batch, resume=run.resume
+        )
     plain = method in ("vae", "ae", "rae")
     training = Training(
         steps,

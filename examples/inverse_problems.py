@@ -33,12 +33,11 @@ from tqdm import tqdm
 import implicitopt
 from experiment import Run, main_process, parse, solver, table
 from generators import Search, decode, find_codes, load, matching, penalty
-from generators.clock import steps_within
 from generators.pictures import sheet
 from generators.pretrained import device, generator, read_models
 from generators.reading import read_images
 from mdeq import Decoder
-from training import Training, fit
+from training import Training, fit, steps_within
 
 METHODS = ("jiio", "vae")  # of the generators
 WINDOW = 20 / 64  # of the side
@@ -253,7 +252,9 @@ def supervised(
         warnings.simplefilter("ignore", implicitopt.AdjointWarning)
         if seconds:
             path = run.path(f"{name}/steps.json")
-            steps = steps_within(path, objective, seconds, settings.batch, resume=run.resume)
+            steps = steps_within(
+                path, objective, seconds, len(images), settings.batch, resume=run.resume
+            )
         training = Training(steps, settings.batch, settings.rate, clip=1000.0)
         result = fit(objective, run, training, items=len(images), name=name)
     return decoder.requires_grad_(False), {"steps": steps, "train_seconds": result.seconds}

@@ -262,10 +262,16 @@ def planned(learner: Learner, run: Run[Settings], name: str) -> int:
 
 def train(learner: Learner, run: Run[Settings], name: str, curve: Tasks) -> Result:
     """Train one method, with its learning curve."""
+    with warnings.catch_warnings():
+        # Few adjoint steps are the setting: some tasks miss the tolerance in nearly every step.
+        warnings.simplefilter("ignore", implicitopt.AdjointWarning)
+        return _train(learner, run, name, curve)
+
+
+def _train(learner: Learner, run: Run[Settings], name: str, curve: Tasks) -> Result:
     settings = run.settings
-    steps = planned(learner, run, name)
+    steps, batch = planned(learner, run, name), batch_of(name, settings)
     rate = settings.rate if name == "equilibrium" else 1e-3
-    batch = batch_of(name, settings)
     training = Training(steps, batch, rate, warmup=min(20, steps // 4), clip=1.0)
 
     def evaluate(learner: Learner) -> dict[str, float]:
@@ -277,10 +283,7 @@ def train(learner: Learner, run: Run[Settings], name: str, curve: Tasks) -> Resu
         tqdm.write(f"{name}: {steps} steps")
     every = max(steps // settings.curve_points, 1)
     items = steps * batch  # one epoch: no task comes twice
-    with warnings.catch_warnings():
-        # Few adjoint steps are the setting: some tasks miss the tolerance in nearly every step.
-        warnings.simplefilter("ignore", implicitopt.AdjointWarning)
-        return fit(learner, run, training, items=items, evaluate=evaluate, every=every, name=name)
+    return fit(learner, run, training, items=items, evaluate=evaluate, every=every, name=name)
 
 
 def minutes(result: Result, row: dict[str, float]) -> float:

@@ -35,12 +35,12 @@ from generators import (
     save,
 )
 from generators.autoencoders import divergence
-from generators.clock import steps_within
 from generators.code_vae import draw_by_vae
 from generators.density import components, draw
 from generators.jury import Jury
 from generators.race import Curve, Point, seconds_to
 from generators.reading import resized
+from training import steps_within
 
 TINY = Architecture(4, (1, 8), (4, 4), 2)
 
@@ -315,11 +315,11 @@ class Sleeper(torch.nn.Module):
 
 def test_steps_within_a_time_are_counted_once_and_leave_no_trace(tmp_path):
     path, sleeper = tmp_path / "steps.json", Sleeper()
-    steps = steps_within(path, sleeper, 2.0, 2, resume=False)
+    steps = steps_within(path, sleeper, 2.0, 2, 2, resume=False)
     assert 20 <= steps <= 100
     assert sleeper.weight.grad is None
     assert (sleeper.codes == 0).all()
-    assert steps_within(path, sleeper, 4.0, 2, resume=True) == steps
+    assert steps_within(path, sleeper, 4.0, 2, 2, resume=True) == steps
 
 
 @pytest.mark.parametrize("methods", [("vae", "jiio"), ("jiio", "gan"), ("jiio", "vae", "vae")])

@@ -44,18 +44,36 @@ class CodeInjection(nn.Module):
         return tuple(branch(x) for branch in self.branches)
 
 
+def stem(colors: int, width: int, stride: int, groups: int) -> nn.Sequential:
+    """From an image to ``width`` channels of 1/``stride`` of its size.
+
+    By convolutions that each halve it, since one of a stride beyond 2 would pass over pixels.
+    """
+    strides = []
+    while stride % 2 == 0 and stride > 2:
+        strides.append(2)
+        stride //= 2
+    strides.append(stride)
+    layers: list[nn.Module] = []
+    for k, each in enumerate(strides, start=1 - len(strides)):
+        out = max(width >> -k, groups) // groups * groups
+        # With a bias: without one a blank image would inject nothing.
+        layers += [
+            nn.Conv2d(colors, out, 3, stride=each, padding=1),
+            nn.GroupNorm(groups, out),
+            nn.ReLU(),
+        ]
+        colors = out
+    return nn.Sequential(*layers)
+
+
 class ImageInjection(nn.Module):
     """Images ``(B, C, H, W)`` to every branch; the finest is at 1/``stride`` of their size."""
 
     def __init__(self, image: int, channels: tuple[int, ...], stride: int, groups: int) -> None:
         super().__init__()
         finest = channels[0]
-        self.stem = nn.Sequential(
-            # With a bias: without one a blank image would inject nothing.
-            nn.Conv2d(image, finest, 3, stride=stride, padding=1),
-            nn.GroupNorm(groups, finest),
-            nn.ReLU(),
-        )
+        self.stem = stem(image, finest, stride, groups)
         self.paths = nn.ModuleList(down(finest, c, i, groups) for i, c in enumerate(channels))
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:

@@ -15,9 +15,9 @@ from experiment import main_process, write_json
 
 
 def steps_within(
-    path: Path, objective: nn.Module, seconds: float, batch: int, *, resume: bool
+    path: Path, objective: nn.Module, seconds: float, items: int, batch: int, *, resume: bool
 ) -> int:
-    """How many training steps of ``objective`` (with its ``images``) take so long.
+    """How many training steps of ``objective``, which has so many items, take so long.
 
     Measured once and written to ``path``, so that a resumed run does as many; and by the first
     process for all. Call it after an earlier ``training.fit``, which has set up the processes.
@@ -26,7 +26,7 @@ def steps_within(
         return int(path.read_text(encoding="utf-8"))
     device = PartialState().device
     objective.to(device)
-    indices = torch.arange(min(batch, len(objective.images)), device=device)
+    indices = torch.arange(min(batch, items), device=device)
     before = {name: buffer.clone() for name, buffer in objective.named_buffers()}
     took = []
     for _ in range(4):
