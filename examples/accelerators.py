@@ -186,7 +186,7 @@ def show(results: Sequence[Result], start: float) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Let each contestant find the codes of the same images."""
-    run = parse(__doc__, PRESETS, arguments, name="accelerators")
+    run = parse(__doc__, PRESETS, arguments, name="accelerators", solver="joint")
     settings, bar = run.settings, partial(tqdm, disable=run.quiet, leave=False)
     named = entrants(settings)  # before anything that takes long: it checks options
     folder = generator(run, ["jiio"])

@@ -67,7 +67,7 @@ class Settings:
         penalty: weight of the Jacobian's size.
         adjoint_steps: of the linear solve in a training step's backward pass, at most.
         adam_rate: of the codes of the VAE's decoder.
-        memory: of the paper's solver.
+        memory: of the joint and of the paper's solver.
         step_size: of the paper's solver, in the codes.
     """
 
@@ -273,7 +273,7 @@ def show(results: dict[str, dict]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Restore with generators as they are, then with generators trained for it."""
-    run = parse(__doc__, PRESETS, arguments, name="inverse_problems")
+    run = parse(__doc__, PRESETS, arguments, name="inverse_problems", solver="joint")
     settings, bar = run.settings, partial(tqdm, disable=run.quiet, leave=False)
     folder = generator(run, METHODS)
     architecture, models = read_models(folder, METHODS)

@@ -11,7 +11,7 @@ from implicitopt.kkt import Residuals
 from implicitopt.penalties import jacobian_penalty
 from implicitopt.projections import Box, L2Ball, LinfBall, Simplex
 from implicitopt.select import Best, Last, PaperRule
-from implicitopt.solution import AdjointReport, Solution, SolveError, Status
+from implicitopt.solution import AdjointReport, Solution, SolveError, Status, WarmStart
 from implicitopt.solve import solve
 from implicitopt.solvers.adaptive import Adaptive
 from implicitopt.solvers.joint import Joint, StepSizes
@@ -48,6 +48,7 @@ __all__ = [
     "SolveError",
     "Status",
     "StepSizes",
+    "WarmStart",
     "check",
     "fixed_point",
     "jacobian_penalty",

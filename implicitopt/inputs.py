@@ -180,7 +180,7 @@ def _same_shapes(a: Tree, b: Tree) -> bool:
 
 def check_warm_start(earlier: Any, x0: Tree) -> None:
     """The earlier solution must be finite, and its x of the kind of x0 in every respect."""
-    given, expected = leaves(earlier.x), leaves(x0)
+    given, expected = tensors("warm_start.x", earlier.x), leaves(x0)
     first = expected[0]
     if (
         not _same_shapes(earlier.x, x0)
@@ -191,6 +191,12 @@ def check_warm_start(earlier: Any, x0: Tree) -> None:
             f"warm_start must solve problems of the shape, dtype and device of x0, {shapes(x0)} "
             f"{first.dtype} {first.device}; got {shapes(earlier.x)} {given[0].dtype} "
             f"{given[0].device}. Leave it out, or pass a solution of such problems."
+        )
+    same_kind("warm_start.mu", earlier.mu, "warm_start.z", tensors("warm_start.z", earlier.z)[0])
+    if not _same_shapes(earlier.mu, earlier.z):
+        raise ValueError(
+            f"warm_start.mu must have the shape of warm_start.z, {shapes(earlier.z)}; got "
+            f"{shapes(earlier.mu)}. Leave it out, or pass zeros where nothing is known."
         )
     for name in ("x", "z", "mu"):
         check_finite(f"warm_start.{name}", detached(getattr(earlier, name)))

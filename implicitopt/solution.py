@@ -12,7 +12,7 @@ from torch import Tensor
 from implicitopt.kkt import Residuals, Work
 from implicitopt.tree import Tree
 
-__all__ = ["AdjointReport", "History", "Solution", "SolveError", "Status"]
+__all__ = ["AdjointReport", "History", "Solution", "SolveError", "Status", "WarmStart"]
 
 
 class Status(IntEnum):
@@ -70,6 +70,34 @@ class History:
 
     value: Tensor
     residuals: Residuals
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """A point to start from, where it is not one :class:`Solution` as a whole.
+
+    For problems that come again, in other batches: keep each one's ``x``, ``z`` and ``mu``, and
+    start the next solve from the rows of those in the batch. With x alone kept, the first sweeps
+    from a new state and a zero adjoint would lead x astray.
+
+    Args:
+        x: shaped as ``x0``.
+        z: shaped as ``f`` returns it.
+        mu: shaped as z; zeros where nothing is known.
+
+    >>> import torch, implicitopt
+    >>> f, x0 = lambda z, x: torch.tanh(0.5 * z + x), torch.zeros(6, 2)
+    >>> loss = lambda z, x: ((z - 0.3) ** 2).sum(-1) + 0.01 * (x**2).sum(-1)
+    >>> sol = implicitopt.solve(f, loss, x0)
+    >>> rows = torch.tensor([4, 1])
+    >>> kept = implicitopt.WarmStart(sol.x[rows], sol.z[rows], sol.mu[rows])
+    >>> implicitopt.solve(f, loss, x0[rows], warm_start=kept).steps.tolist()
+    [1, 1]
+    """
+
+    x: Tree
+    z: Tree
+    mu: Tree
 
 
 @dataclass(frozen=True, repr=False)

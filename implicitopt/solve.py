@@ -26,7 +26,7 @@ from implicitopt.inputs import (
 from implicitopt.iteration import Outcome, Progress, Solver, iterate
 from implicitopt.kkt import KKT, Point, Residuals
 from implicitopt.select import RULES, Rule
-from implicitopt.solution import AdjointReport, History, Solution, Status
+from implicitopt.solution import AdjointReport, History, Solution, Status, WarmStart
 from implicitopt.solvers.adaptive import Adaptive
 from implicitopt.tree import Tree
 
@@ -59,7 +59,7 @@ def solve(
     max_steps: int = 100,
     tol: float | None = None,
     select: str | Rule = "best",
-    warm_start: Solution | None = None,
+    warm_start: Solution | WarmStart | None = None,
     callback: Callable[[Progress], object] | None = None,
     throw: bool = False,
     history: bool = False,
@@ -89,8 +89,8 @@ def solve(
             float64, 1e-4 in float32, 1e-2 in half precision; 0 runs all of ``max_steps``.
         select: which iterate is returned where none met ``tol``: "best", "last", "paper" or a
             callable (see :mod:`implicitopt.select`).
-        warm_start: an earlier solution of problems of the same shape to start from instead of
-            ``x0`` and ``z0``.
+        warm_start: an earlier solution of problems of the same shape, or a ``WarmStart`` made of
+            several, to start from instead of ``x0`` and ``z0``.
         callback: called with a :class:`Progress` after every sweep; stops the solve by returning
             True.
         throw: raise :class:`SolveError` if a problem did not converge.
@@ -167,8 +167,11 @@ def _check_options(
     check_option("max_steps", max_steps, int, least=1)
     if tol is not None:
         check_option("tol", tol, float, least=0)
-    if warm_start is not None and not isinstance(warm_start, Solution):
-        raise TypeError(f"warm_start must be a Solution from solve(); got {warm_start!r}.")
+    if warm_start is not None and not isinstance(warm_start, (Solution, WarmStart)):
+        raise TypeError(
+            "warm_start must be a Solution from solve() or a WarmStart(x, z, mu); got "
+            f"{warm_start!r}."
+        )
     if isinstance(select, str):
         if select not in RULES:
             raise ValueError(
@@ -181,8 +184,9 @@ def _check_options(
 
 
 def _prepare(
-    f: Any, loss: Any, x0: Tree, z0: Any, project: Any, maximize: bool, warm_start: Solution | None
-) -> tuple[KKT, Point, tuple[int, ...]]:
+    f: Any, loss: Any, x0: Tree, z0: Any, project: Any, maximize: bool,
+    warm_start: Solution | WarmStart | None,
+) -> tuple[KKT, Point, tuple[int, ...]]:  # fmt: skip
     """The system and the point to start from: (f(z0, x0), 0, P_C(x0)), or the warm start."""
     for name, function in (("f", f), ("loss", loss)):
         if not callable(function):

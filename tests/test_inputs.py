@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import implicitopt
-from implicitopt import fixed_point, solve
+from implicitopt import WarmStart, fixed_point, solve
 from implicitopt.inputs import check_warm_start
 
 B, N = 4, 2
@@ -223,7 +223,13 @@ BAD = [
     ("an unknown option", {"max_step": 3}, TypeError, "unexpected keyword", "max_step", ""),
     # warm_start
     ("warm_start is no solution", {"warm_start": X0}, TypeError,
-     "warm_start must be a Solution", "got tensor", ""),
+     "warm_start must be a Solution", "got tensor", "WarmStart"),
+    ("warm_start's x is a number", {"warm_start": WarmStart(1.0, Z0, Z0)}, TypeError,
+     r"warm_start\.x must be a tensor", "float", "as_tensor"),
+    ("warm_start's mu is of another kind", {"warm_start": WarmStart(X0, Z0, Z0.float())}, TypeError,
+     r"warm_start\.mu and warm_start\.z must have one dtype", "float32", r"\.to\("),
+    ("warm_start's z is of another kind", {"warm_start": WarmStart(X0, Z0.float(), Z0.float())},
+     TypeError, "z0 and x0 must have one dtype", "float32", r"\.to\("),
 ]  # fmt: skip
 
 
@@ -274,6 +280,7 @@ WARM = [
     ("another dtype", lambda: earlier(X0.float()), "torch.float64", "got .* torch.float32"),
     ("another structure", other_structure, r"of x0, \(4, 2\)", r"got \{'a': \(4, 2\)\}"),
     ("one problem", single, r"of x0, \(4, 2\)", r"got \(1, 2\)"),
+    ("a short mu", lambda: WarmStart(X0, Z0, Z0[:2]), r"of warm_start\.z, \(4, ", r"got \(2, "),
     ("NaN", spoilt, r"warm_start\.z must be finite", r"got nan at warm_start\.z\[1, 0\]"),
 ]
 WARM = [pytest.param(*row, id=name) for name, *row in WARM]

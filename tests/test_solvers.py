@@ -23,6 +23,7 @@ from implicitopt import (
     ProjectedGradient,
     Status,
     StepSizes,
+    WarmStart,
     solve,
 )
 from implicitopt.kkt import KKT, Point
@@ -186,6 +187,33 @@ def test_a_warm_start_saves_steps(solver):
     warm = solve(problem.f, loss, *start, solver=solver, warm_start=first, **limits)
     assert warm.converged.all()
     assert warm.steps.sum() < cold.steps.sum()
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_problems_start_from_the_rows_kept_of_each(maximize):
+    problem = quadratic(6, batch=5)
+    sign = -1.0 if maximize else 1.0
+
+    def part(rows):
+        def f(z, x):
+            return z @ problem.A.T + x @ problem.B.T + problem.c[rows]
+
+        def loss(z, x):
+            misfit = z @ problem.W.T + problem.b - problem.y[rows]
+            value = 0.5 * (misfit**2).sum(-1) + 0.5 * problem.lam * (x**2).sum(-1)
+            return sign * value
+
+        return f, loss
+
+    x0, z0 = problem.start()
+    everything = torch.arange(len(x0))
+    first = solve(*part(everything), x0, z0, maximize=maximize, tol=1e-10, max_steps=300)
+    rows = torch.tensor([4, 1, 3])
+    kept = WarmStart(first.x[rows], first.z[rows], first.mu[rows])
+    again = solve(*part(rows), x0[rows], maximize=maximize, tol=1e-9, warm_start=kept)
+    assert again.converged.all()
+    assert (again.steps == 1).all()
+    torch.testing.assert_close(again.x, first.x[rows], rtol=0, atol=1e-8)
 
 
 # Units, schedules, feasibility

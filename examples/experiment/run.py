@@ -93,6 +93,7 @@ def parse(
     argv: Sequence[str] | None = None,
     *,
     name: str | None = None,
+    solver: str = "default",
 ) -> Run[S]:
     """Read the command line; a mistake in it ends the script with a message and status 2.
 
@@ -104,6 +105,7 @@ def parse(
             Its help is its metadata's "help", or its line in the Args of the class docstring.
         argv: the arguments; None: those of the process.
         name: the script's; None: from the process.
+        solver: what ``--solver`` is where it is not given.
 
     >>> @dataclass(frozen=True)
     ... class Settings:
@@ -126,7 +128,7 @@ def parse(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    _add_shared(parser, list(presets), name)
+    _add_shared(parser, list(presets), name, solver)
     add_flags(parser.add_argument_group("settings, which override the preset's"), kind)
     found = vars(parser.parse_args(arguments))
     given = {f.name: found.pop(f.name) for f in dataclasses.fields(kind) if f.name in found}
@@ -146,14 +148,17 @@ def _command(arguments: list[str]) -> str:
     return shlex.join([*start, sys.argv[0], *arguments])
 
 
-def _add_shared(parser: argparse.ArgumentParser, presets: list[str], name: str) -> None:
+def _add_shared(
+    parser: argparse.ArgumentParser, presets: list[str], name: str, solver: str
+) -> None:
     """The flags that every script has."""
     add = parser.add_argument_group("run").add_argument
     add("--preset", choices=presets, default=presets[0], help="default %(default)s; see below")
     add("--data", type=Path, metavar="DIR", help="folder of the data sets (default: download)")
     add("--out", type=Path, metavar="DIR", help=f"results (default out/{name}-PRESET)")
     add("--seed", type=_seed, default=0, metavar="N", help="of everything random (default 0)")
-    add("--solver", choices=SOLVERS, default="default", help="of the inputs (default: Adaptive())")
+    found = "of the inputs (default %(default)s); default is implicitopt's own, Adaptive()"
+    add("--solver", choices=SOLVERS, default=solver, help=found)
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     add("--quiet", action="store_true", help="no progress bars")
 

@@ -26,7 +26,7 @@ def solver(
 
     Args:
         name: one of ``SOLVERS``.
-        memory: of the "paper" solver's Anderson acceleration.
+        memory: of the "joint" and the "paper" solver's Anderson acceleration.
         x: the "paper" solver's step size in x, a number or a schedule ``step -> α_x``.
 
     With a "nested" solver ``max_steps`` counts updates of x; with any other, sweeps.
@@ -35,7 +35,7 @@ def solver(
     paper = implicitopt.Joint(implicitopt.Anderson("I", memory=memory, ridge=0), steps)
     made = {
         "default": None,
-        "joint": implicitopt.Joint(),
+        "joint": implicitopt.Joint(implicitopt.Anderson(memory=memory)),
         "one-shot": implicitopt.OneShot(),
         "paper": paper,
         "nested-adam": implicitopt.Nested(partial(torch.optim.Adam, lr=0.1)),

@@ -81,8 +81,8 @@ class Trained(nn.Module):
         images: ``(N, C, H, W)``, uint8.
         search: the solve of each step.
         penalty: weight of the Jacobian's size, at an iterate drawn from the solve's path.
-        keep_codes: go on from an image's last code when it comes again. A few sweeps are enough
-            then. False: codes start from 0 each time, as the paper's do.
+        keep_codes: go on from an image's last code, state and multiplier when it comes again. A
+            few sweeps are enough then. False: codes start from 0 each time, as the paper's do.
     """
 
     def __init__(
@@ -91,19 +91,31 @@ class Trained(nn.Module):
         super().__init__()
         self.decoder, self.search, self.weight = decoder, search, penalty
         self.register_buffer("images", images, persistent=False)
-        kept = len(images) if keep_codes else 0
+        kept, width = len(images) if keep_codes else 0, decoder.cell.width
         self.register_buffer("codes", torch.zeros(kept, decoder.latent))
+        self.register_buffer("states", torch.zeros(kept, width))  # of 0: not visited yet
+        self.register_buffer("multipliers", torch.zeros(kept, width))
 
     @property
     def keep(self) -> tuple[str, ...]:
         """The ``keep`` of ``training.fit``."""
-        return ("codes",) if len(self.codes) else ()
+        return ("codes", "states", "multipliers") if len(self.codes) else ()
+
+    @torch.no_grad()
+    def _start(self, indices: Tensor) -> implicitopt.WarmStart:
+        """Where the images' last solves ended; for those that had none, f of zeros."""
+        cell, decoder = self.decoder.cell, self.decoder
+        x, z = self.codes[indices], self.states[indices]
+        new = (z == 0).all(dim=1)
+        if bool(new.any()):
+            z[new] = cell.flatten(decoder.f(decoder.start(x[new]), x[new]))
+        return implicitopt.WarmStart(
+            x, cell.unflatten(z), cell.unflatten(self.multipliers[indices])
+        )
 
     def forward(self, indices: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         target = self.images[indices] / 255
-        x0 = (
-            self.codes[indices] if self.keep else target.new_zeros(len(target), self.decoder.latent)
-        )
+        x0 = target.new_zeros(len(target), self.decoder.latent)
         sol = implicitopt.solve(
             self.decoder.f,
             matching(self.decoder, target, self.search.decay),
@@ -111,10 +123,13 @@ class Trained(nn.Module):
             self.decoder.start,
             solver=self.search.solver,
             max_steps=self.search.sweeps,
+            warm_start=self._start(indices) if self.keep else None,
             sample_iterate=True,
         )
         if self.keep:
             self.codes[indices] = sol.x.detach()
+            self.states[indices] = self.decoder.cell.flatten(sol.z).detach()
+            self.multipliers[indices] = self.decoder.cell.flatten(sol.mu).detach()
         size = penalty(self.decoder, *sol.iterate)
         value = sol.value.mean()
         logged = {

@@ -82,10 +82,11 @@ def race(
         decoder, target, decay: the problems.
         sweeps: the budgets of the solvers that count sweeps.
         updates: those of nested Adam.
-        memory, step_size: of the paper's solver.
+        memory: of the joint and of the paper's solver.
+        step_size: of the paper's solver.
     """
     point = partial(reach, decoder, target, decay)
-    joint = {"default": None, "joint": named("joint"), "one-shot": named("one-shot")}
+    joint = {"default": None, "joint": named("joint", memory=memory), "one-shot": named("one-shot")}
     joint["paper"] = named("paper", memory=memory, x=step_size)
     adam = {
         rate: implicitopt.Nested(partial(torch.optim.Adam, lr=rate), inner_steps=20)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor, nn
 
 from mdeq.block import Block
@@ -51,6 +54,21 @@ class Cell(nn.Module):
     def shapes(self) -> tuple[tuple[int, int, int], ...]:
         """Of each branch's state: (channels, height, width)."""
         return tuple((c, s, s) for c, s in zip(self.channels, self.sizes, strict=True))
+
+    @property
+    def width(self) -> int:
+        """How many numbers a state has."""
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    @staticmethod
+    def flatten(z: tuple[Tensor, ...]) -> Tensor:
+        """A state as a matrix ``(B, width)``."""
+        return torch.cat([branch.flatten(1) for branch in z], dim=1)
+
+    def unflatten(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """A matrix ``(B, width)`` as a state."""
+        parts = rows.split([math.prod(shape) for shape in self.shapes], dim=1)
+        return tuple(p.unflatten(1, shape) for p, shape in zip(parts, self.shapes, strict=True))
 
     def start(self, like: Tensor, *lead: int) -> tuple[Tensor, ...]:
         """A state of zeros, a tensor of shape ``(*lead, C, H, W)`` a branch; kind as ``like``."""
