@@ -163,11 +163,31 @@ def test_kept_codes_are_those_of_the_batch_alone():
     objective = Trained(decoder, images, Search(4, 0.1), penalty=1.0, keep_codes=True)
     loss, logged = objective(torch.tensor([1, 4]))
     loss.backward()
-    moved = objective.codes.abs().sum(dim=1) > 0
-    assert moved.tolist() == [False, True, False, False, True, False]
+    for name in objective.keep:
+        moved = objective.get_buffer(name).abs().sum(dim=1) > 0
+        assert moved.tolist() == [False, True, False, False, True, False]
     assert set(logged) == {"mse", "jacobian", "code"}
-    assert objective.keep == ("codes",)
+    assert objective.keep == ("codes", "states", "multipliers")
     assert Trained(decoder, images, Search(4, 0.1), 1.0, keep_codes=False).keep == ()
+
+
+def test_an_image_that_comes_again_goes_on_where_its_last_solve_ended():
+    decoder, images = tiny()
+    objective = Trained(decoder, images, Search(200, 0.1), penalty=0.0, keep_codes=True)
+    first = objective(torch.tensor([1, 4]))[0].item()
+    start = sum(matching(decoder, images[[1, 4]] / 255, 0.1)(*at_zero(decoder, 2))) / 2
+    assert first < 0.99 * start.item()  # this tiny decoder hardly hears of its codes
+    objective.search = Search(1, 0.1)
+    # In another batch, beside an image that has not been seen.
+    again = objective(torch.tensor([4, 0, 1]))[1]["mse"].item() * images[0].numel() * 3
+    unseen = matching(decoder, images[:1] / 255, 0.1)(*at_zero(decoder, 1)).item()
+    assert again == pytest.approx(2 * first + unseen, rel=1e-3)
+
+
+def at_zero(decoder, count):
+    """Where a solve from codes of 0 begins."""
+    x = torch.zeros(count, decoder.latent)
+    return decoder.f(decoder.start(x), x), x
 
 
 def test_divergence_is_torch_distributions():

@@ -333,6 +333,13 @@ def test_what_a_task_learns_does_not_depend_on_the_order_of_its_classes():
     torch.testing.assert_close(other.x["film"], one.x["film"], atol=1e-6, rtol=0)
 
 
+def test_a_task_may_have_more_classes_than_the_model_was_made_for():
+    learner = equilibrium()
+    episode = Tasks(noisy(), 4, 1, 2, seed=0)(torch.arange(2))
+    with torch.no_grad():
+        assert learner.logits(episode).shape == (2, 8, 4)
+
+
 @pytest.mark.parametrize("gradient", ["implicit", "envelope"])
 def test_the_gradient_is_that_of_solving_again_with_other_weights(gradient):
     learner = equilibrium(gradient=gradient)
@@ -385,6 +392,9 @@ def test_presets_are_in_order_and_a_bad_setting_is_refused(capsys):
     with pytest.raises(SystemExit):
         parse(None, meta_omniglot.PRESETS, ["--minutes", "0"], name="meta")
     assert "minutes must be positive" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse(None, meta_omniglot.PRESETS, ["--head=shared"], name="meta")
+    assert "ways 5 and train_ways 20" in capsys.readouterr().err
 
 
 def test_a_resumed_run_has_the_steps_that_it_began_with(tmp_path, monkeypatch):

@@ -70,6 +70,13 @@ def test_without_flags_the_first_preset_runs():
     assert not found.quiet
 
 
+def test_a_script_may_have_a_solver_of_its_own_as_default():
+    presets = {"cpu": Settings()}
+    assert experiment.parse(None, presets, [], name="digits", solver="joint").solver == "joint"
+    given = ["--solver=default"]
+    assert experiment.parse(None, presets, given, name="digits", solver="joint").solver == "default"
+
+
 def test_flags_override_the_preset_with_values_of_the_fields_types():
     found = run(
         *("--preset", "smoke", "--channels=8,16,32", "--rate=2", "--clip=none", "--no-penalty"),

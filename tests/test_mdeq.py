@@ -119,6 +119,25 @@ def test_images_of_a_task_are_what_a_batch_of_them_alone_would_be():
                 torch.testing.assert_close(a[0, 0], b[task, shot])
 
 
+@pytest.mark.parametrize("stride", [1, 2, 4, 8])
+def test_every_pixel_is_heard_of_at_any_stride(stride):
+    torch.manual_seed(0)
+    model = Classifier((1, 16), (8, 8), stride=stride)
+    image = torch.rand(1, 1, 16, 16, requires_grad=True)
+    finest = model.inject(image)[0]
+    assert finest.shape[-1] == 16 // stride
+    finest.square().sum().backward()
+    assert (image.grad != 0).all()
+
+
+def test_a_state_as_a_matrix_and_back():
+    cell = Cell((4, 8), (7, 4), groups=2)
+    z = tuple(torch.randn(3, *shape) for shape in cell.shapes)
+    rows = cell.flatten(z)
+    assert rows.shape == (3, cell.width)
+    assert all(torch.equal(a, b) for a, b in zip(cell.unflatten(rows), z, strict=True))
+
+
 def test_big_images_do_not_make_the_map_of_codes_big():
     count = sum(p.numel() for p in Decoder(128).inject.parameters())
     assert count < 6e6  # dense: 128 × (32·64² + 64·32² + 128·16² + 256·8²) = 31 million
