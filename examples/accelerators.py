@@ -86,7 +86,7 @@ class Settings:
     sweeps: tuple[int, ...] = (5, 10, 20, 40, 80, 160)
     updates: tuple[int, ...] = (1, 2, 4, 8, 16)
     repeats: int = 3
-    decay: float = 0.05
+    decay: float = 0.5
     memory: int = 40
     step_size: float = 0.01
     damping: float = 0.5

@@ -81,9 +81,9 @@ class Settings:
     batch: int = 16
     rate: float = 5e-4
     sweeps: int = 20
-    test_sweeps: int = 80
-    decay: float = 0.05
-    penalty: float = 100.0
+    test_sweeps: int = 160
+    decay: float = 0.5
+    penalty: float = 500.0
     adjoint_steps: int = 20
     adam_rate: float = 0.05
     memory: int = 40

@@ -28,7 +28,8 @@ class Adaptive:
     The joint iteration needs the fewest sweeps near a solution and has no step control; the
     one-shot iteration descends from anywhere and needs more. Every ``patience`` steps a problem
     whose lowest KKT residual has not fallen enough since the last look goes on with ``one_shot``,
-    from its lowest loss so far; the others, and its neighbours, do not notice.
+    from its lowest loss so far (from its smallest state residual, where none was small yet); the
+    others, and its neighbours, do not notice.
 
     Args:
         joint, one_shot: the two solvers.
@@ -67,7 +68,7 @@ class Adaptive:
         _, joint = self.joint.init(kkt, start)
         infinite = torch.full_like(norm(start.x), float("inf"))
         none = torch.zeros_like(infinite, dtype=torch.bool)
-        return start, AdaptiveState(joint, start, infinite, infinite, infinite, none)
+        return start, AdaptiveState(joint, start, infinite, infinite, infinite, infinite, none)
 
     def step(
         self, kkt: KKT, point: Point, sweep: Sweep, state: AdaptiveState
@@ -106,8 +107,9 @@ class AdaptiveState:
     """Both solvers' states, and per problem what the choice between them needs."""
 
     joint: JointState
-    best: Point  # lowest loss so far at a small state residual
+    best: Point  # lowest loss so far at a small state residual; before that, the smallest residual
     score: Tensor  # its loss, plus |μᵀ(f − z)|
+    off: Tensor  # its state residual
     lowest: Tensor  # lowest KKT residual so far
     before: Tensor  # ``lowest`` at the last look
     descending: Tensor  # (B,) bool: gone over to the one-shot iteration
@@ -118,8 +120,10 @@ class AdaptiveState:
         residuals = kkt.residuals(point, sweep)
         slack = (point.mu * (sweep.f - point.z)).sum(dim=1).abs()
         score = (sweep.value + slack).to(self.score.dtype)
-        better = (residuals.z <= FEASIBLE) & (score < self.score)
+        lower_loss = (residuals.z <= FEASIBLE) & (score < self.score)
+        better = torch.where(self.off <= FEASIBLE, lower_loss, residuals.z < self.off)
         self.best = choose(better, Point(sweep.f, sweep.mu, point.x), self.best)
         self.score = torch.where(better, score, self.score)
+        self.off = torch.where(better, residuals.z, self.off)
         lower = residuals.total < self.lowest
         self.lowest = torch.where(lower, residuals.total, self.lowest)
