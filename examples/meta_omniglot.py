@@ -18,9 +18,7 @@ With --dataset glyphs (printed letters) it needs no files.
 
 from __future__ import annotations
 
-import json
 import os
-import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -52,8 +50,8 @@ from episodes import (
     convolutions,
     interval,
 )
-from experiment import Run, main_process, parse, solver, table, write_json
-from training import Result, Training, fit
+from experiment import Run, main_process, parse, solver, table
+from training import Result, Training, fit, steps_within
 from training.plan import seed_of
 
 METHODS = ("equilibrium", "prototypes", "maml", "imaml", "reptile")
@@ -229,35 +227,20 @@ def make(method: str, background: Characters, run: Run[Settings]) -> Learner:
     return kind(tasks, network, settings.inner_steps, settings.inner_rate)
 
 
-def affordable(learner: Learner, batch: int, settings: Settings) -> int:
-    """Steps that take the minutes, by the time of a few here."""
-    learner.to("cuda" if torch.cuda.is_available() else "cpu")
-    times = []
-    for step in range(4):
-        begin = time.perf_counter()
-        loss, _ = learner(torch.arange(step * batch, (step + 1) * batch))
-        loss.backward()
-        times.append(time.perf_counter() - begin)
-        learner.zero_grad()
-    pace = sum(times[1:]) / len(times[1:])  # the first of anything is slow
-    return max(int(60 * settings.minutes / pace), settings.curve_points)
-
-
 def planned(learner: Learner, run: Run[Settings], name: str) -> int:
-    """Steps of training; those of the first start, where a run is resumed."""
-    if run.settings.steps is None and os.environ.get("WORLD_SIZE", "1") != "1":
+    """Steps of training: those asked for, or as many as the minutes allow."""
+    settings = run.settings
+    if settings.steps is not None:
+        return settings.steps
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         raise ValueError(
             "several processes need one number of steps, which the time cannot give them; got "
             "--steps none. Pass --steps."
         )
-    path = run.path("steps.json")
-    known = json.loads(path.read_text(encoding="utf-8")) if run.resume and path.exists() else {}
-    if name not in known:
-        batch = batch_of(name, run.settings)
-        known[name] = run.settings.steps or affordable(learner, batch, run.settings)
-        if main_process():
-            write_json(path, known)
-    return known[name]
+    batch = batch_of(name, settings)
+    path = run.path(f"{name}/steps.json")
+    steps = steps_within(path, learner, 60 * settings.minutes, batch, batch, resume=run.resume)
+    return max(steps, settings.curve_points)
 
 
 def train(learner: Learner, run: Run[Settings], name: str, curve: Tasks) -> Result:

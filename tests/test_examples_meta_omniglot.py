@@ -397,19 +397,23 @@ def test_presets_are_in_order_and_a_bad_setting_is_refused(capsys):
     assert "ways 5 and train_ways 20" in capsys.readouterr().err
 
 
-def test_a_resumed_run_has_the_steps_that_it_began_with(tmp_path, monkeypatch):
-    arguments = ["--resume", f"--out={tmp_path}", "--minutes=0.001"]
-    run = parse(None, meta_omniglot.PRESETS, arguments, name="meta")
-    (tmp_path / "steps.json").write_text('{"prototypes": 77}')
+def test_a_resumed_run_has_the_steps_that_it_began_with_for_every_method(tmp_path, monkeypatch):
     learner = Prototypes(Tasks(noisy(4), 3, 1, 2, seed=0), linear(16, 3))
-    assert meta_omniglot.planned(learner, run, "prototypes") == 77
-    found = meta_omniglot.planned(learner, run, "maml")
-    known = json.loads((tmp_path / "steps.json").read_text())
-    assert known == {"prototypes": 77, "maml": found}
+
+    def planned(name, *more):
+        arguments = [f"--out={tmp_path}", "--minutes=0.001", *more]
+        run = parse(None, meta_omniglot.PRESETS, arguments, name="meta")
+        return meta_omniglot.planned(learner, run, name)
+
+    first = {name: planned(name) for name in ("prototypes", "maml")}
+    (tmp_path / "prototypes" / "steps.json").write_text("77")
+    assert planned("prototypes", "--resume") == 77
+    assert planned("maml", "--resume") == first["maml"]
+    assert planned("prototypes", "--steps=5") == 5
     assert all(p.grad is None for p in learner.parameters())
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="--steps"):
-        meta_omniglot.planned(learner, run, "reptile")
+        planned("reptile")
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ def steps_within(
     """How many training steps of ``objective``, which has so many items, take so long.
 
     Measured once and written to ``path``, so that a resumed run does as many; and by the first
-    process for all. Call it after an earlier ``training.fit``, which has set up the processes.
+    process for all: with several, call it after a ``training.fit``, which has set them up.
     """
     if resume and path.exists():
         return int(path.read_text(encoding="utf-8"))
