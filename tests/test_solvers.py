@@ -216,6 +216,28 @@ def test_problems_start_from_the_rows_kept_of_each(maximize):
     torch.testing.assert_close(again.x, first.x[rows], rtol=0, atol=1e-8)
 
 
+def test_a_problem_far_from_equilibrium_goes_over_from_its_nearest_iterate_not_from_the_start():
+    """With no state residual below 1e-2, Adaptive used to begin its descent at x0 again."""
+    z0, x0 = torch.zeros(1, 2, dtype=F64), torch.zeros(1, 1, dtype=F64)
+    layouts = Layout.of(z0, batched=True), Layout.of(x0, batched=True)
+    kkt = KKT(lambda z, x: 0.5 * z + x + 1, lambda z, x: (z - 5).square().sum(-1), *layouts)
+    solver = Adaptive()
+    _, state = solver.init(kkt, Point(z0, z0, x0))
+
+    def look(z, x):
+        """At z off the equilibrium, which lies at 2 (1 + x); what is best then."""
+        point = Point(torch.full_like(z0, z), z0, torch.full_like(x0, x))
+        state.look(kkt, point, kkt.sweep(point))
+        return state.best.x.item()
+
+    assert look(1.0, 1.0) == 1.0
+    assert look(7.0, 2.0) == 2.0  # nearer to its equilibrium, 6
+    assert look(0.0, 3.0) == 2.0  # farther
+    assert look(2.0, 0.0) == 0.0  # at its equilibrium, whatever the loss
+    assert look(4.2, 1.3) == 0.0  # of lower loss, but off
+    assert look(4.6, 1.3) == 1.3  # and at its equilibrium
+
+
 # Units, schedules, feasibility
 
 
