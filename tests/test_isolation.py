@@ -12,6 +12,7 @@ from implicitopt import (
     Adaptive,
     Anderson,
     Best,
+    Box,
     Broyden,
     Joint,
     L2Ball,
@@ -474,6 +475,20 @@ def test_select_best_is_on_the_equilibrium_and_low(solver):
     assert (sol.residuals.z <= small).all()
     lowest = torch.where(feasible, value + slack, INF).amin(dim=0)
     assert (sol.value <= lowest + 1e-9).all()
+
+
+def test_select_best_does_not_return_a_start_that_only_looks_better():
+    """Off its equilibrium by 4 %, and with μ still 0, the start shows a loss no solution has."""
+    x0 = torch.zeros(1, 1, dtype=torch.float64)
+    options = {"project": Box(-0.05, 0.05), "solver": Joint(Picard()), "tol": 0, "max_steps": 8}
+    for sign, maximize in ((1, False), (-1, True)):
+
+        def loss(z, x, sign=sign):
+            return sign * (z - 1.5).square().sum(-1)  # 0.144 at the start, 0.16 at the solution
+
+        sol = solve(lambda z, x: 0.06 * z + 1.88 * (1 + x), loss, x0, maximize=maximize, **options)
+        assert sol.x.item() == pytest.approx(-0.05, abs=1e-6)
+        assert sol.z.item() == pytest.approx(1.9, abs=1e-3)
 
 
 @by_name(SOLVERS)
