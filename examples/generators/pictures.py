@@ -30,7 +30,7 @@ def sheet(path: Path, rows: Mapping[str, Tensor], count: int = 10) -> None:
         axis.set_xticks([])
         axis.set_yticks([])
         axis.spines[:].set_visible(False)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")  # long names would be cut
     plt.close(figure)
 
 
