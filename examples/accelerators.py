@@ -119,6 +119,7 @@ PRESETS = {
     "cpu": CPU,
     "smoke": replace(
         CPU, images=4, sweeps=(5, 10, 20, 40), updates=(1, 2, 4), repeats=2, rates=(0.2, 0.4),
+        decay=0.05,
     ),
     "paper": replace(
         CPU, images=48, contestants=CONTESTANTS[:-1],  # one image at a time would take hours

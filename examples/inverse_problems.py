@@ -109,6 +109,8 @@ PRESETS = {
         steps=4,
         batch=8,
         sweeps=10,
+        decay=0.05,
+        penalty=100.0,
         test_sweeps=30,
     ),
     "paper": replace(
