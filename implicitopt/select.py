@@ -56,7 +56,7 @@ class Best:
     An iterate off the equilibrium may show any loss, so losses compare with the slack
     |μᵀ(f − z)| added. Until a state residual is small the smallest one is kept; among losses equal
     to rounding, the smallest KKT residual. Where μ is still 0 the slack says nothing, so ``small``
-    must keep the first iterates out: at 0.1 a third of some attacks' images came back unchanged.
+    must keep the first iterates out: at 0.1 many an adversarial attack came back unchanged.
     """
 
     small: float = 0.03
