@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from implicitopt.kkt import KKT, Point, Residuals, Sweep, choose
+from implicitopt.kkt import KKT, Point, Residuals, Sweep, choose, some
 from implicitopt.select import Candidate, Kept, Rule
 from implicitopt.solution import History, Status
 
@@ -82,20 +82,20 @@ def iterate(
     initial = solver.initial_sweeps
     for step in range(initial + max_steps):
         sweep = kkt.sweep(point)
-        residuals = kkt.residuals(point, sweep)
-        lost = record.observe(step, point, sweep, residuals)
+        lost = record.observe(step, point, sweep)
         if callback is not None:
             shown = sweep.value * kkt.sign
-            stop = callback(Progress(step, shown, residuals, record.active))
+            stop = callback(Progress(step, shown, sweep.residuals, record.active))
             if stop is True:
                 break
         last = step + 1 == initial + max_steps
         if last or ((step + 1) % CHECK_EVERY == 0 and not bool(record.active.any())):
             break
         moved, state = solver.step(kkt, point, sweep, state)
-        state = solver.restart(state, lost)
-        point = choose(record.active, moved, point)
-        point = choose(lost, record.point, point)
+        point = choose(record.active, moved, point).contiguous()
+        if some(lost):
+            state = solver.restart(state, lost)
+            point = choose(lost, record.point, point)
     return record.outcome(initial)
 
 
@@ -126,14 +126,15 @@ class _Record:
         self.history: list[tuple[Tensor, Residuals]] | None = [] if history else None
         self.drawn = (start.z, start.x) if sample else None
 
-    def observe(self, step: int, point: Point, sweep: Sweep, residuals: Residuals) -> Tensor:
+    def observe(self, step: int, point: Point, sweep: Sweep) -> Tensor:
         """Take in one sweep; returns the problems that became non-finite and may be retried."""
-        value, total = sweep.value, residuals.total
+        value, residuals = sweep.value, sweep.residuals
+        total = residuals.total
         finite = torch.isfinite(total) & torch.isfinite(value)
         running = self.active & finite
         reached = running & (total <= self.tol)
-        slack = (point.mu * (sweep.f - point.z)).sum(dim=1).abs()
-        candidate = Candidate(step, value.to(total.dtype), slack.to(total.dtype), residuals)
+        slack = sweep.coupling.abs().to(total.dtype)
+        candidate = Candidate(step, value.to(total.dtype), slack, residuals)
         keep = running & (self.rule(candidate, self.kept) | reached)
         self._keep(keep, point, value, candidate)
         self.steps = self.steps + self.active

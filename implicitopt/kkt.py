@@ -25,7 +25,7 @@ from torch import Tensor
 
 from implicitopt.tree import Layout, Tree
 
-__all__ = ["KKT", "Point", "Residuals", "Sweep", "Work", "choose", "norm"]
+__all__ = ["KKT", "Point", "Residuals", "Sweep", "Work", "at_hand", "choose", "norm", "some"]
 
 
 class Point(NamedTuple):
@@ -35,14 +35,18 @@ class Point(NamedTuple):
     mu: Tensor
     x: Tensor
 
+    @classmethod
+    def split(cls, v: Tensor, n: int) -> Point:
+        """The blocks of v = (z, μ, x), ``(B, 2n + d)``: views of it."""
+        return cls(*v.split([n, n, v.shape[1] - 2 * n], dim=1))
 
-class Sweep(NamedTuple):
-    """What one sweep at a :class:`Point` finds."""
+    def joined(self) -> Tensor:
+        """v = (z, μ, x), ``(B, 2n + d)``."""
+        return torch.cat(self, dim=1)
 
-    f: Tensor  #: f(z, x), ``(B, n)``
-    mu: Tensor  #: (∂f/∂z)ᵀ μ + (∂ℓ/∂z)ᵀ, ``(B, n)``
-    grad: Tensor  #: ∇ₓL, ``(B, d)``
-    value: Tensor  #: ℓ(z, x), ``(B,)``
+    def contiguous(self) -> Point:
+        """Blocks with memory of their own, as f may ask of z and x, and as rounding depends on."""
+        return Point(*(block.contiguous() for block in self))
 
 
 class Residuals(NamedTuple):
@@ -61,6 +65,19 @@ class Residuals(NamedTuple):
         return torch.sqrt(self.z**2 + self.mu**2 + self.x**2)
 
 
+class Sweep(NamedTuple):
+    """What one sweep at a :class:`Point` finds."""
+
+    f: Tensor  #: f(z, x), ``(B, n)``
+    mu: Tensor  #: (∂f/∂z)ᵀ μ + (∂ℓ/∂z)ᵀ, ``(B, n)``
+    grad: Tensor  #: ∇ₓL, ``(B, d)``
+    value: Tensor  #: ℓ(z, x), ``(B,)``
+    r: Tensor  #: (f − z, μ⁺ − μ, −∇ₓL) side by side, ``(B, 2n + d)``
+    coupling: Tensor  #: μᵀ(f − z), ``(B,)``
+    size: Tensor  #: ‖(z, μ, x)‖, ``(B,)``
+    residuals: Residuals
+
+
 @dataclass
 class Work:
     """Calls made so far, each over the whole batch."""
@@ -76,8 +93,23 @@ def norm(rows: Tensor) -> Tensor:
     return cast(Tensor, torch.linalg.vector_norm(rows, dim=1, dtype=wide))
 
 
+def at_hand(mask: Tensor) -> bool:
+    """Whether reading ``mask`` is cheap: on the CPU. For a GPU's one would have to wait."""
+    return mask.device.type == "cpu"
+
+
+def some(mask: Tensor) -> bool:
+    """Whether any problem is in ``mask``, ``(B,)``; True where that is not cheap to know."""
+    return not at_hand(mask) or bool(mask.any())
+
+
 def choose(mask: Tensor, new: Point, old: Point) -> Point:
     """``new`` for the problems in ``mask``, ``(B,)``, and ``old`` for the others."""
+    if at_hand(mask):  # a look is cheaper than a pass over the blocks
+        if bool(mask.all()):
+            return new
+        if not bool(mask.any()):
+            return old
     return Point(*(torch.where(mask[:, None], a, b) for a, b in zip(new, old, strict=True)))
 
 
@@ -118,7 +150,24 @@ class KKT:
         self.work.f += 1
         self.work.vjp += 1
         self.work.loss += 1
-        return Sweep(image, f_z + loss_z, f_x + loss_x, value)
+        return self._measured(point, image, f_z + loss_z, f_x + loss_x, value)
+
+    def _measured(self, point: Point, f: Tensor, mu: Tensor, grad: Tensor, value: Tensor) -> Sweep:
+        """The sweep with the relative norms of the KKT blocks, eq. 14."""
+        z, x, n = point.z, point.x, point.z.shape[1]
+        r = z.new_empty(len(z), 2 * n + x.shape[1])
+        torch.sub(f, z, out=r[:, :n])
+        torch.sub(mu, point.mu, out=r[:, n : 2 * n])
+        torch.neg(grad, out=r[:, 2 * n :])
+        off, adjoint_off, stationarity = Point.split(r, n)
+        if self.project is not None:
+            stationarity = x - self.constrain(x - grad)
+        size = torch.sqrt(norm(z) ** 2 + norm(point.mu) ** 2 + norm(x) ** 2)
+        # A norm that overflows would hide every residual: such a point counts as non-finite.
+        scale = torch.where(torch.isfinite(size), 1 + size, float("nan"))
+        residuals = Residuals(*(norm(b) / scale for b in (off, adjoint_off, stationarity)))
+        coupling = (point.mu[:, None] @ off[..., None])[:, 0, 0]
+        return Sweep(f, mu, grad, value, r, coupling, size, residuals)
 
     def linearize(self, z: Tensor, x: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
         """μ ↦ (∂f/∂z)ᵀ μ at one (z, x), to be applied many times, and ∂ℓ/∂z there."""
@@ -137,16 +186,6 @@ class KKT:
     def constrain(self, x: Tensor) -> Tensor:
         """P_C(x)."""
         return x if self.project is None else self.project(x)
-
-    def residuals(self, point: Point, sweep: Sweep) -> Residuals:
-        """Relative norms of the KKT blocks, eq. 14."""
-        z, mu, x = point
-        stationarity = x - self.constrain(x - sweep.grad)
-        scale = 1 + torch.sqrt(norm(z) ** 2 + norm(mu) ** 2 + norm(x) ** 2)
-        # A norm that overflows would hide every residual: such a point counts as non-finite.
-        scale = torch.where(torch.isfinite(scale), scale, torch.full_like(scale, float("nan")))
-        blocks = (sweep.f - z, sweep.mu - mu, stationarity)
-        return Residuals(*(norm(block) / scale for block in blocks))
 
     def gradient(self, point: Point) -> Point:
         """The KKT map ∇L as a differentiable function of the point and of everything f and ℓ read.

@@ -227,7 +227,7 @@ def test_a_problem_far_from_equilibrium_goes_over_from_its_nearest_iterate_not_f
     def look(z, x):
         """At z off the equilibrium, which lies at 2 (1 + x); what is best then."""
         point = Point(torch.full_like(z0, z), z0, torch.full_like(x0, x))
-        state.look(kkt, point, kkt.sweep(point))
+        state.look(point, kkt.sweep(point))
         return state.best.x.item()
 
     assert look(1.0, 1.0) == 1.0
@@ -553,8 +553,9 @@ class Syncs(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", ["joint", "joint II", "one-shot", "adaptive"])
-def test_only_every_fifth_step_waits_for_the_device(name):
+def test_only_every_fifth_step_waits_for_a_gpu(name, monkeypatch):
     problem = quadratic()
+    monkeypatch.setattr("implicitopt.kkt.at_hand", lambda mask: False)  # as on a GPU
 
     def count(max_steps: int) -> int:
         with Syncs() as syncs, torch.no_grad():
@@ -567,6 +568,19 @@ def test_only_every_fifth_step_waits_for_the_device(name):
     looks = 50 / 5 + (50 // Adaptive().patience if name == "adaptive" else 0)
     assert count(50) - count(1) <= looks
     assert count(1) <= 12  # the checks of the inputs
+
+
+@pytest.mark.parametrize("name", ["joint", "joint II", "one-shot", "adaptive"])
+def test_what_is_skipped_on_the_cpu_changes_no_bit(name, monkeypatch):
+    problem = quadratic()
+
+    def run():
+        return solve(problem.f, problem.loss, *problem.start(), solver=SIMULTANEOUS[name])
+
+    skipping = run()
+    monkeypatch.setattr("implicitopt.kkt.at_hand", lambda mask: False)
+    for block in ("x", "z", "mu", "value", "steps"):
+        assert torch.equal(getattr(skipping, block), getattr(run(), block))
 
 
 @each_simultaneous

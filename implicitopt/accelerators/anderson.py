@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from implicitopt.kkt import norm
+from implicitopt.kkt import norm, some
 
 __all__ = ["Anderson"]
 
@@ -71,20 +71,24 @@ class Anderson:
 
     def init(self, v: Tensor) -> AndersonState:
         memory = self.memory or min(60, max(10, 60_000 // max(1, v.shape[1])))
-        return AndersonState.empty(v, memory)
+        return AndersonState.empty(v, memory, self.kind)
 
     def step(self, state: AndersonState, v: Tensor, Fv: Tensor) -> tuple[Tensor, AndersonState]:
-        r = Fv - v
+        return self.step_from_residual(state, v, Fv - v)
+
+    def step_from_residual(
+        self, state: AndersonState, v: Tensor, r: Tensor
+    ) -> tuple[Tensor, AndersonState]:
         state.push(v, r)
-        plain = v + self.damping * r
+        plain = torch.add(v, r, alpha=self.damping)
         if not state.filled:
             return plain, state
-        rhs = state.update_gram(r.to(state.S.dtype), self.kind)
+        rhs = state.update_gram(r.to(state.S.dtype))
         c = self._coefficients(state, rhs).to(state.S.dtype)[:, None]
         S, Y = state.S[:, : state.filled], state.Y[:, : state.filled]
         mixed = plain - torch.baddbmm(c @ S, c, Y, alpha=self.damping)[:, 0].to(plain.dtype)
-        good = torch.isfinite(norm(mixed))[:, None]
-        return torch.where(good, mixed, plain), state
+        bad = ~torch.isfinite(norm(mixed))
+        return torch.where(bad[:, None], plain, mixed) if some(bad) else mixed, state
 
     def restart(self, state: AndersonState, mask: Tensor) -> AndersonState:
         state.forget(mask)
@@ -99,11 +103,7 @@ class Anderson:
         if self.kind == "I":
             use = use & state.independent(use)
         unit = torch.where(use, 1 / torch.where(use, length, torch.ones_like(length)), 0.0)
-        gram = (
-            torch.where(use[:, :, None] & use[:, None], gram, 0.0)
-            * unit[:, :, None]
-            * unit[:, None]
-        )
+        gram = _scaled(gram, unit)
         rhs = torch.where(use, rhs, 0.0) * unit
         diagonal = gram.diagonal(dim1=1, dim2=2)
         scale = diagonal.abs().amax(dim=1, keepdim=True)
@@ -119,6 +119,7 @@ class Anderson:
 class AndersonState:
     """Ring buffers of the last differences, and their Gram matrices, updated a row a step."""
 
+    kind: str
     S: Tensor  # (B, m, n) differences of v
     Y: Tensor  # (B, m, n) differences of r
     gram: Tensor  # (B, m, m) float64, ⟨t_i, y_j⟩ with t = s (type I) or y (type II)
@@ -130,13 +131,15 @@ class AndersonState:
     pushed: int = 0
 
     @classmethod
-    def empty(cls, v: Tensor, memory: int) -> AndersonState:
+    def empty(cls, v: Tensor, memory: int, kind: str) -> AndersonState:
         rows, n = v.shape
         wide = torch.float64 if n <= WIDE else torch.promote_types(v.dtype, torch.float32)
         square = v.new_zeros(rows, memory, memory, dtype=torch.float64)
         return cls(
-            S=v.new_zeros(rows, memory, n, dtype=wide),
-            Y=v.new_zeros(rows, memory, n, dtype=wide),
+            kind,
+            # Not read before they are written, and big: zeros would cost a pass over them.
+            S=v.new_empty(rows, memory, n, dtype=wide),
+            Y=v.new_empty(rows, memory, n, dtype=wide),
             gram=square,
             gram_s=square.clone(),
             length=square[:, 0].clone(),
@@ -153,24 +156,30 @@ class AndersonState:
 
     def push(self, v: Tensor, r: Tensor) -> None:
         """Take in the newest iterate and residual."""
+        v, r = v.to(self.S.dtype), r.to(self.S.dtype)
         if self.last is not None:
-            wide = self.S.dtype
-            s, y = v.to(wide) - self.last[0].to(wide), r.to(wide) - self.last[1].to(wide)
-            sound = torch.isfinite(norm(s)) & torch.isfinite(norm(y))
-            if self.fresh is not None:
-                sound = sound & ~self.fresh
-                self.fresh = None
             self.pushed += 1
-            self.S[:, self.newest] = torch.where(sound[:, None], s, torch.zeros_like(s))
-            self.Y[:, self.newest] = torch.where(sound[:, None], y, torch.zeros_like(y))
-            self.use[:, self.newest] = sound
+            s, y = self.S[:, self.newest], self.Y[:, self.newest]
+            torch.sub(v, self.last[0], out=s)
+            torch.sub(r, self.last[1], out=y)
+            lengths = norm(s), norm(y)
+            void = ~(torch.isfinite(lengths[0]) & torch.isfinite(lengths[1]))
+            if self.fresh is not None:
+                void = void | self.fresh
+                self.fresh = None
+            if some(void):
+                s.masked_fill_(void[:, None], 0.0)
+                y.masked_fill_(void[:, None], 0.0)
+            length = lengths[0 if self.kind == "I" else 1]
+            self.length[:, self.newest] = torch.where(void, 0.0, length)
+            self.use[:, self.newest] = ~void
         self.last = (v, r)
 
-    def update_gram(self, r: Tensor, kind: str) -> Tensor:
+    def update_gram(self, r: Tensor) -> Tensor:
         """The Gram matrices' row and column of the newest difference; returns ⟨t_i, r⟩."""
         k, at = self.filled, self.newest
         s, y = self.S[:, at], self.Y[:, at]
-        if kind == "II":
+        if self.kind == "II":
             products = _products(self.Y[:, :k], y, r)
             self.gram[:, :k, at] = self.gram[:, at, :k] = products[:, 0]
         else:
@@ -178,29 +187,32 @@ class AndersonState:
             self.gram[:, :k, at] = products[:, 0]
             self.gram[:, at, :k] = _products(self.Y[:, :k], s)[:, 0]
             self.gram_s[:, :k, at] = self.gram_s[:, at, :k] = products[:, 1]
-        self.length[:, at] = norm(y if kind == "II" else s).double()
         return products[:, -1]
 
     def independent(self, use: Tensor) -> Tensor:
         """Which of the differences in ``use`` are not, nearly, combinations of newer ones."""
         k, m = self.filled, self.S.shape[1]
-        newest_first = [(self.pushed - 1 - age) % m for age in range(k)]
-        order = torch.tensor(newest_first, device=self.S.device)
-        back = torch.argsort(order)
+        # Slots from the newest to the oldest; read the other way, it is the same permutation.
+        order = (self.pushed - 1 - torch.arange(k, device=self.S.device)) % m
         use = use[:, order]
         unit = torch.where(use, 1 / torch.where(use, self.length[:, order], 1.0), 0.0)
-        gram = self.gram_s[:, order][:, :, order] * unit[:, :, None] * unit[:, None]
-        gram = torch.where(use[:, :, None] & use[:, None], gram, 0.0)
+        gram = _scaled(self.gram_s[:, order][:, :, order], unit)
         gram = gram + torch.diag_embed(torch.where(use, 1e-14, 1.0))
         # The Cholesky factor's diagonal is each unit difference's distance to the span before it.
         factor, _ = torch.linalg.cholesky_ex(gram)
         distance = torch.nan_to_num(factor.diagonal(dim1=1, dim2=2))
-        return (distance > INDEPENDENT)[:, back]
+        return (distance > INDEPENDENT)[:, order]
 
     def forget(self, mask: Tensor) -> None:
         """Leave out all differences of the problems in ``mask``, and their next one."""
         self.use &= ~mask[:, None]
         self.fresh = mask if self.fresh is None else self.fresh | mask
+
+
+def _scaled(gram: Tensor, unit: Tensor) -> Tensor:
+    """Each row and column times its number in ``unit``; zeros where that is 0."""
+    scale = unit[:, :, None] * unit[:, None]
+    return torch.where(scale != 0, gram * scale, 0.0)
 
 
 def _products(window: Tensor, *rows: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-__all__ = ["Accelerator", "Restartable", "check_accelerator"]
+__all__ = ["Accelerator", "FromResidual", "Restartable", "check_accelerator"]
 
 
 @runtime_checkable
@@ -32,6 +32,19 @@ class Restartable(Protocol):
 
     def restart(self, state: Any, mask: Tensor) -> Any:
         """The state with the history of the problems in ``mask``, ``(B,)``, forgotten."""
+        ...
+
+
+@runtime_checkable
+class FromResidual(Protocol):
+    """An accelerator that can be given the residual itself.
+
+    Near a solution r = F(v) − v is known to more digits than the difference of F(v) and v, each
+    rounded, has left.
+    """
+
+    def step_from_residual(self, state: Any, v: Tensor, r: Tensor) -> tuple[Tensor, Any]:
+        """``step(state, v, v + r)``."""
         ...
 
 

@@ -74,7 +74,7 @@ class Adaptive:
         self, kkt: KKT, point: Point, sweep: Sweep, state: AdaptiveState
     ) -> tuple[Point, AdaptiveState]:
         state.count += 1
-        state.look(kkt, point, sweep)
+        state.look(point, sweep)
         moved, state.joint = self.joint.step(kkt, point, sweep, state.joint)
         if state.one_shot is not None:
             other, state.one_shot = self.one_shot.step(kkt, point, sweep, state.one_shot)
@@ -116,14 +116,12 @@ class AdaptiveState:
     one_shot: OneShotState | None = None  # made when the first problem goes over
     count: int = 0
 
-    def look(self, kkt: KKT, point: Point, sweep: Sweep) -> None:
-        residuals = kkt.residuals(point, sweep)
-        slack = (point.mu * (sweep.f - point.z)).sum(dim=1).abs()
-        score = (sweep.value + slack).to(self.score.dtype)
+    def look(self, point: Point, sweep: Sweep) -> None:
+        residuals = sweep.residuals
+        score = (sweep.value + sweep.coupling.abs()).to(self.score.dtype)
         lower_loss = (residuals.z <= FEASIBLE) & (score < self.score)
         better = torch.where(self.off <= FEASIBLE, lower_loss, residuals.z < self.off)
         self.best = choose(better, Point(sweep.f, sweep.mu, point.x), self.best)
         self.score = torch.where(better, score, self.score)
         self.off = torch.where(better, residuals.z, self.off)
-        lower = residuals.total < self.lowest
-        self.lowest = torch.where(lower, residuals.total, self.lowest)
+        self.lowest = torch.fmin(residuals.total, self.lowest)  # past NaN

@@ -10,9 +10,14 @@ import torch
 from torch import Tensor
 
 from implicitopt.accelerators.anderson import Anderson
-from implicitopt.accelerators.protocol import Accelerator, Restartable, check_accelerator
+from implicitopt.accelerators.protocol import (
+    Accelerator,
+    FromResidual,
+    Restartable,
+    check_accelerator,
+)
 from implicitopt.inputs import check_option
-from implicitopt.kkt import KKT, Point, Sweep, norm
+from implicitopt.kkt import KKT, Point, Sweep, norm, some
 
 __all__ = ["Joint", "StepSizes"]
 
@@ -114,27 +119,40 @@ class Joint:
             alpha = self.steps.x(state.count) if callable(self.steps.x) else self.steps.x
             state.alpha = state.shrink * torch.full_like(state.alpha, alpha)
         state.count += 1
-        z, mu, x = point
-        z_next = z + self.steps.z * (sweep.f - z)
-        mu_next = mu + self.steps.mu * (sweep.mu - mu)
-        x_next = kkt.constrain(x - state.alpha * sweep.grad)
-        v, Fv = torch.cat(point, dim=1), torch.cat((z_next, mu_next, x_next), dim=1)
+        n, v, r = point.z.shape[1], point.joined(), self._residual(kkt, point, sweep, state)
         if warming:
-            mixed = Fv
+            mixed = v + r
+        elif isinstance(self.accelerator, FromResidual):
+            mixed, state.inner = self.accelerator.step_from_residual(state.inner, v, r)
         else:
-            mixed, state.inner = self.accelerator.step(state.inner, v, Fv)
-        mixed = self._within_reach(v, Fv, mixed)
-        z_next, mu_next, x_next = mixed.split([z.shape[1], z.shape[1], x.shape[1]], dim=1)
-        return Point(z_next, mu_next, kkt.constrain(x_next)), state
+            mixed, state.inner = self.accelerator.step(state.inner, v, v + r)
+        moved = Point.split(self._within_reach(v, r, mixed, sweep.size), n)
+        if kkt.project is not None:  # mixing leaves C
+            moved = moved._replace(x=kkt.constrain(moved.x))
+        return moved, state
 
-    def _within_reach(self, v: Tensor, Fv: Tensor, mixed: Tensor) -> Tensor:
+    def _residual(self, kkt: KKT, point: Point, sweep: Sweep, state: JointState) -> Tensor:
+        """F(v) − v of the damped iteration, eq. 11."""
+        r = sweep.r.clone()
+        off_z, off_mu, off_x = Point.split(r, point.z.shape[1])
+        for block, damping in ((off_z, self.steps.z), (off_mu, self.steps.mu)):
+            if damping != 1:
+                block.mul_(damping)
+        off_x.mul_(state.alpha)
+        if kkt.project is not None:
+            off_x.copy_(kkt.constrain(point.x + off_x) - point.x)
+        return r
+
+    def _within_reach(self, v: Tensor, r: Tensor, mixed: Tensor, size: Tensor) -> Tensor:
         """The accelerator's step, cut per problem where it is too long."""
         if self.reach is None and self.steps.x is not None:
             return mixed
         reach = REACH if self.reach is None else self.reach
-        longest = torch.maximum(reach * (1 + norm(v)), SHARE_OF_PLAIN * norm(Fv - v))
+        longest = torch.maximum(reach * (1 + size), SHARE_OF_PLAIN * norm(r))
         length = norm(mixed - v)
         far = (length > longest) & torch.isfinite(length)
+        if not some(far):
+            return mixed
         share = torch.where(far, longest / torch.where(far, length, 1.0), 1.0)[:, None]
         return torch.where(far[:, None], v + share.to(v.dtype) * (mixed - v), mixed)
 
