@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Problem", "families", "linear_quadratic", "tanh"]
+__all__ = ["Draw", "Problem", "families", "linear_quadratic", "scaled", "tanh"]
 
 BATCH = 32
 
@@ -23,17 +23,17 @@ class Problem(NamedTuple):
     z0: Tensor
 
 
-class _Draw:
+class Draw:
     """Standard normal tensors from one seed."""
 
-    def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
+    def __init__(self, seed: int, dtype: torch.dtype = torch.float64) -> None:
+        self.generator, self.dtype = torch.Generator().manual_seed(seed), dtype
 
     def __call__(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, dtype=torch.float64, generator=self.generator)
+        return torch.randn(*shape, dtype=torch.float64, generator=self.generator).to(self.dtype)
 
 
-def _scaled(draw: _Draw, n: int, rho: float, kind: str) -> Tensor:
+def scaled(draw: Draw, n: int, rho: float, kind: str) -> Tensor:
     """W, n × n: of 2-norm rho (gauss, orth, sym) or of spectral radius rho (radius)."""
     W = draw(n, n)
     if kind == "orth":
@@ -62,8 +62,8 @@ def tanh(
 
     ``reachable``: y = C z(x) for a random x, so that the misfit could be zero; else y is random.
     """
-    draw = _Draw(seed)
-    W, U, b = _scaled(draw, n, rho, kind), scale * draw(n, d), 0.1 * draw(n)
+    draw = Draw(seed)
+    W, U, b = scaled(draw, n, rho, kind), scale * draw(n, d), 0.1 * draw(n)
     C = draw(rows, n) / n**0.5
 
     def f(z: Tensor, x: Tensor) -> Tensor:
@@ -88,8 +88,8 @@ def linear_quadratic(
     n: int, d: int, rho: float, *, lam: float = 0.1, seed: int = 0, batch: int = BATCH
 ) -> Problem:
     """f = Az + Bx + c with spectral radius rho, ℓ = ½‖Wz − y‖² + ½λ‖x‖²."""
-    draw = _Draw(seed)
-    A, B, c = _scaled(draw, n, rho, "radius"), draw(n, d), draw(batch, n)
+    draw = Draw(seed)
+    A, B, c = scaled(draw, n, rho, "radius"), draw(n, d), draw(batch, n)
     W, y = draw(n, n) / n**0.5, draw(batch, n)
 
     def f(z: Tensor, x: Tensor) -> Tensor:

@@ -83,10 +83,8 @@ class Anderson:
         plain = torch.add(v, r, alpha=self.damping)
         if not state.filled:
             return plain, state
-        rhs = state.update_gram(r.to(state.S.dtype))
-        c = self._coefficients(state, rhs).to(state.S.dtype)[:, None]
-        S, Y = state.S[:, : state.filled], state.Y[:, : state.filled]
-        mixed = plain - torch.baddbmm(c @ S, c, Y, alpha=self.damping)[:, 0].to(plain.dtype)
+        rhs = state.update_gram(r.to(state.ring.dtype))
+        mixed = plain - state.combine(self._coefficients(state, rhs), self.damping).to(plain.dtype)
         bad = ~torch.isfinite(norm(mixed))
         return torch.where(bad[:, None], plain, mixed) if some(bad) else mixed, state
 
@@ -120,8 +118,7 @@ class AndersonState:
     """Ring buffers of the last differences, and their Gram matrices, updated a row a step."""
 
     kind: str
-    S: Tensor  # (B, m, n) differences of v
-    Y: Tensor  # (B, m, n) differences of r
+    ring: Tensor  # (B, m, 2, n) differences of v and of r
     gram: Tensor  # (B, m, m) float64, ⟨t_i, y_j⟩ with t = s (type I) or y (type II)
     gram_s: Tensor  # (B, m, m) float64, ⟨s_i, s_j⟩ (type I)
     length: Tensor  # (B, m) float64, ‖t_i‖
@@ -137,9 +134,8 @@ class AndersonState:
         square = v.new_zeros(rows, memory, memory, dtype=torch.float64)
         return cls(
             kind,
-            # Not read before they are written, and big: zeros would cost a pass over them.
-            S=v.new_empty(rows, memory, n, dtype=wide),
-            Y=v.new_empty(rows, memory, n, dtype=wide),
+            # Not read before it is written, and big: zeros would cost a pass over it.
+            ring=v.new_empty(rows, memory, 2, n, dtype=wide),
             gram=square,
             gram_s=square.clone(),
             length=square[:, 0].clone(),
@@ -148,18 +144,28 @@ class AndersonState:
 
     @property
     def filled(self) -> int:
-        return min(self.pushed, self.S.shape[1])
+        return min(self.pushed, self.ring.shape[1])
 
     @property
     def newest(self) -> int:
-        return (self.pushed - 1) % self.S.shape[1]
+        return (self.pushed - 1) % self.ring.shape[1]
+
+    @property
+    def S(self) -> Tensor:
+        """The differences of v so far, ``(B, k, n)``, in the ring's order."""
+        return self.ring[:, : self.filled, 0]
+
+    @property
+    def Y(self) -> Tensor:
+        """The differences of r so far, ``(B, k, n)``."""
+        return self.ring[:, : self.filled, 1]
 
     def push(self, v: Tensor, r: Tensor) -> None:
         """Take in the newest iterate and residual."""
-        v, r = v.to(self.S.dtype), r.to(self.S.dtype)
+        v, r = v.to(self.ring.dtype), r.to(self.ring.dtype)
         if self.last is not None:
             self.pushed += 1
-            s, y = self.S[:, self.newest], self.Y[:, self.newest]
+            s, y = self.ring[:, self.newest].unbind(1)
             torch.sub(v, self.last[0], out=s)
             torch.sub(r, self.last[1], out=y)
             lengths = norm(s), norm(y)
@@ -178,22 +184,26 @@ class AndersonState:
     def update_gram(self, r: Tensor) -> Tensor:
         """The Gram matrices' row and column of the newest difference; returns ⟨t_i, r⟩."""
         k, at = self.filled, self.newest
-        s, y = self.S[:, at], self.Y[:, at]
+        both = self.ring[:, at]  # (s, y)
         if self.kind == "II":
-            products = _products(self.Y[:, :k], y, r)
-            self.gram[:, :k, at] = self.gram[:, at, :k] = products[:, 0]
-        else:
-            products = _products(self.S[:, :k], y, s, r)
-            self.gram[:, :k, at] = products[:, 0]
-            self.gram[:, at, :k] = _products(self.Y[:, :k], s)[:, 0]
-            self.gram_s[:, :k, at] = self.gram_s[:, at, :k] = products[:, 1]
-        return products[:, -1]
+            self.gram[:, :k, at] = self.gram[:, at, :k] = _products(self.Y, both[:, 1:])[:, 0]
+            return _products(self.Y, r[:, None])[:, 0]
+        in_s, in_y = _products(self.S, both).unbind(1)
+        self.gram_s[:, :k, at] = self.gram_s[:, at, :k] = in_s
+        self.gram[:, :k, at] = in_y
+        self.gram[:, at, :k] = _products(self.Y, both[:, :1])[:, 0]
+        return _products(self.S, r[:, None])[:, 0]
+
+    def combine(self, c: Tensor, damping: float) -> Tensor:
+        """(S + damping Y) c, ``(B, n)``."""
+        weights = torch.stack((c, damping * c), dim=2).to(self.ring.dtype)
+        return (weights.flatten(1)[:, None] @ self.ring[:, : self.filled].flatten(1, 2))[:, 0]
 
     def independent(self, use: Tensor) -> Tensor:
         """Which of the differences in ``use`` are not, nearly, combinations of newer ones."""
-        k, m = self.filled, self.S.shape[1]
+        k, m = self.filled, self.ring.shape[1]
         # Slots from the newest to the oldest; read the other way, it is the same permutation.
-        order = (self.pushed - 1 - torch.arange(k, device=self.S.device)) % m
+        order = (self.pushed - 1 - torch.arange(k, device=use.device)) % m
         use = use[:, order]
         unit = torch.where(use, 1 / torch.where(use, self.length[:, order], 1.0), 0.0)
         gram = _scaled(self.gram_s[:, order][:, :, order], unit)
@@ -215,7 +225,7 @@ def _scaled(gram: Tensor, unit: Tensor) -> Tensor:
     return torch.where(scale != 0, gram * scale, 0.0)
 
 
-def _products(window: Tensor, *rows: Tensor) -> Tensor:
+def _products(window: Tensor, rows: Tensor) -> Tensor:
     """⟨row, w_i⟩ of each row with each of the window's, ``(B, rows, m)``, in float64."""
     # In this order: the transposed product, of the same numbers, takes four times as long.
-    return (torch.stack(rows, dim=1) @ window.mT).double()
+    return (rows @ window.mT).double()

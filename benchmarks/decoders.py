@@ -1,0 +1,75 @@
+"""Trained decoders as problems: their codes for held-out images.
+
+The digits' one is the quickstart's, trained here in a minute and kept in a folder; any that
+``examples/generative.py`` trained joins by its folder.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+IMAGES = 8  # problems of each
+LATENT = 20  # of the digits' codes
+FACES_DECAY = 0.5  # λ, as examples/generative.py has it
+
+__all__ = ["decoders", "digits"]
+
+
+def digits(folder: Path, *, steps: int, bar: Callable[..., Any]) -> tuple[Any, ...]:
+    """The quickstart's decoder: the arguments of ``solve`` for held-out digits."""
+    quickstart = _examples("quickstart")
+    torch.manual_seed(0)
+    images, held_out = quickstart.digits(0)
+    model, path = quickstart.Decoder(LATENT), folder / f"digits-{steps}.pt"
+    if path.exists():
+        model.load_state_dict(torch.load(path, weights_only=True))
+    else:
+        quickstart.train(model, images, steps, 64, 1e-2, bar)
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(model.state_dict(), path)
+    return _frozen(model), model.loss(held_out[:IMAGES]), torch.zeros(IMAGES, LATENT), model.start
+
+
+def trained(folder: Path, images: torch.Tensor) -> tuple[Any, ...]:
+    """The decoder in a folder of ``examples/generative.py``, for images ``(N, C, H, W)``."""
+    generators = _examples("generators")
+    _, model = _examples("generators.architecture").load(folder, "decoder-jiio")
+    loss = generators.matching(model, images, FACES_DECAY)
+    return _frozen(model), loss, torch.zeros(len(images), model.latent), model.start
+
+
+def decoders(
+    folder: Path,
+    generator: Path | None,
+    faces: Path | None,
+    *,
+    quick: bool,
+    bar: Callable[..., Any],
+) -> dict[str, Callable[[], tuple[Any, ...]]]:
+    """Each decoder by name, made when called."""
+    found = {"decoder of digits": partial(digits, folder, steps=40 if quick else 170, bar=bar)}
+    if generator is not None and faces is not None:
+        images = _examples("data").faces(faces, False, 64, IMAGES, quiet=True).pixels / 255
+        found["decoder of faces"] = partial(trained, generator, images)
+    return found
+
+
+def _frozen(model: nn.Module) -> Any:
+    model.eval().requires_grad_(False)
+    return model.f
+
+
+def _examples(name: str) -> Any:
+    """A module of the examples, which are scripts and not a package."""
+    if str(EXAMPLES) not in sys.path:
+        sys.path.insert(0, str(EXAMPLES))
+    __import__(name)
+    return sys.modules[name]

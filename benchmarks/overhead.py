@@ -1,0 +1,148 @@
+"""What a solver's step costs over a bare sweep, in time and in memory.
+
+A bare sweep is f, its transposed product, and the loss with its gradient: ``KKT.sweep`` without
+its norms. Solves of as many steps are timed in turn with as many bare sweeps, CPU time on one
+thread, and the medians of the ratios are shown. Memory is the peak of what the CPU allocator
+gave out during a run, over that of one bare sweep, in units of the vector v = (z, μ, x).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.families import linear_quadratic, tanh
+from implicitopt import Adaptive, Anderson, Joint, OneShot
+from implicitopt.iteration import iterate
+from implicitopt.select import Best
+from implicitopt.solve import _prepare
+
+__all__ = ["Peak", "mdeq", "measure", "table"]
+
+SOLVERS: dict[str, Callable[[], Any]] = {
+    "default": Adaptive,
+    "Joint, memory 20": lambda: Joint(Anderson(memory=20)),
+    "Joint, memory 10": lambda: Joint(Anderson(memory=10)),
+    "OneShot": OneShot,
+}
+
+
+def mdeq(batch: int, side: int, channels: tuple[int, ...] = (16, 32)) -> tuple[Any, ...]:
+    """An untrained MDEQ decoder: the arguments of ``solve`` for random images."""
+    from benchmarks.decoders import _examples
+
+    torch.manual_seed(0)
+    decoder = _examples("mdeq").Decoder(64, (1, side), channels).requires_grad_(False)
+    target = torch.rand(batch, 1, side, side)
+
+    def loss(z: Any, x: torch.Tensor) -> torch.Tensor:
+        return ((decoder.image(z) - target) ** 2).sum((1, 2, 3)) + 0.05 * (x**2).sum(1)
+
+    return decoder.f, loss, torch.zeros(batch, 64), decoder.start
+
+
+def problems(quick: bool) -> dict[str, Callable[[], tuple[Any, ...]]]:
+    """From small states, where the bookkeeping counts, to large ones, where memory does."""
+    made: dict[str, Callable[[], tuple[Any, ...]]] = {
+        "MDEQ decoder, n 6,144, B 16": partial(mdeq, 16, 16),
+        "MDEQ decoder, n 18,816, B 16": partial(mdeq, 16, 28),
+        "MDEQ decoder, n 6,144, B 1": partial(mdeq, 1, 16),
+        "tanh, n 64, B 32": partial(tanh, "gauss"),
+        "tanh, n 512, B 32": partial(tanh, "gauss", n=512),
+        "linear, n 40, B 32": partial(linear_quadratic, 40, 12, 0.9),
+    }
+    return dict(list(made.items())[::3]) if quick else made
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes that tensors made within it held at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive: dict[int, int] = {}
+        self.now = self.most = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self._count(tensor.untyped_storage())
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        import weakref
+
+        key = storage._cdata
+        if key in self.alive:
+            return
+        size = storage.nbytes()
+        self.alive[key] = size
+        self.now += size
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self._free, key)
+
+    def _free(self, key: int) -> None:
+        self.now -= self.alive.pop(key, 0)
+
+
+def bare(kkt: Any, point: Any) -> None:
+    """One sweep's evaluations, nothing else."""
+    z, mu, x = point
+    _, f_vjp = torch.func.vjp(kkt.state_map, z, x)[:2]
+    f_vjp(mu)
+    value, loss_vjp = torch.func.vjp(kkt.objective, z, x)[:2]
+    loss_vjp(torch.ones_like(value))
+
+
+@torch.no_grad()
+def ratios(arguments: tuple[Any, ...], steps: int, repeats: int) -> dict[str, Any]:
+    """Per solver the median ratio of times, and the CPU milliseconds of a bare sweep."""
+    kkt, start, _ = _prepare(*arguments, None, False, None)
+    solve = partial(iterate, kkt, start=start, max_steps=steps, tol=0, rule=Best())
+    found: dict[str, list[float]] = {name: [] for name in SOLVERS}
+    plain = []
+    for _ in range(3):
+        bare(kkt, start)
+    for _ in range(repeats):
+        for name, make in SOLVERS.items():
+            begin = time.process_time()
+            for _ in range(steps):
+                bare(kkt, start)
+            middle = time.process_time()
+            solve(make())
+            found[name].append((time.process_time() - middle) / (middle - begin))
+            plain.append((middle - begin) / steps)
+    return {"ms": 1e3 * median(plain), **{name: median(each) for name, each in found.items()}}
+
+
+def measure(*, quick: bool, bar: Callable[..., Any]) -> dict[str, dict[str, float]]:
+    """problem -> solver -> a step's time over a bare sweep's; "ms" is that of the sweep."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # where CPU time is the time
+    try:
+        steps, repeats = (10, 1) if quick else (60, 5)
+        return {
+            name: ratios(make(), steps, repeats)
+            for name, make in bar(problems(quick).items(), desc="overhead")
+        }
+    finally:
+        torch.set_num_threads(threads)
+
+
+def table(found: dict[str, dict[str, float]]) -> str:
+    """A row per problem."""
+    rows = [
+        [name, f"{row['ms']:.2f}", *(f"{row[solver]:.2f}" for solver in SOLVERS)]
+        for name, row in found.items()
+    ]
+    header = ["a step over a bare sweep", "bare, ms", *SOLVERS]
+    return tabulate(rows, header, tablefmt="github", disable_numparse=True)
