@@ -96,11 +96,17 @@ class KKT:
     def state_map(self, z: Tensor, x: Tensor) -> Tensor:
         """f on matrices: ``(B, n), (B, d) -> (B, n)``."""
         image = self.f(self.z_layout.unflatten(z), self.x_layout.unflatten(x))
-        return self.z_layout.flatten(image).to(z.dtype)
+        return self.z_layout.flatten(image, "f(z, x)").to(z.dtype)
 
     def objective(self, z: Tensor, x: Tensor) -> Tensor:
         """±ℓ on matrices: ``(B, n), (B, d) -> (B,)``."""
         value = self.loss(self.z_layout.unflatten(z), self.x_layout.unflatten(x))
+        if not isinstance(value, Tensor) or value.numel() != z.shape[0]:
+            raise ValueError(
+                f"loss(z, x) must return {z.shape[0]} values at every call, as at the first; got "
+                f"{tuple(value.shape) if isinstance(value, Tensor) else value!r}. Return the same "
+                "kind of value at every call."
+            )
         return self.sign * value.reshape(z.shape[0]).to(z.dtype)
 
     def lagrangian(self, point: Point) -> Tensor:

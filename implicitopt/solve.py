@@ -13,7 +13,6 @@ from implicitopt.adjoint.envelope import Attached, Envelope
 from implicitopt.inputs import (
     check_finite,
     check_map,
-    check_option,
     check_projection,
     check_warm_start,
     detached,
@@ -25,6 +24,7 @@ from implicitopt.inputs import (
 )
 from implicitopt.iteration import Outcome, Progress, Solver, iterate
 from implicitopt.kkt import KKT, Point, Residuals
+from implicitopt.options import check_callable, check_option
 from implicitopt.select import RULES, Rule
 from implicitopt.solution import AdjointReport, History, Solution, Status, WarmStart
 from implicitopt.solvers.adaptive import Adaptive
@@ -153,15 +153,19 @@ def _check_options(
     if isinstance(solver, type) or not (hasattr(solver, "init") and hasattr(solver, "step")):
         raise TypeError(
             "solver must be Adaptive(...), Joint(...), OneShot(...), Nested(...) or an object with "
-            f"their methods; got {solver!r}."
+            f"their methods; got {solver!r}. Pass one, or leave it out for Adaptive()."
         )
     if isinstance(adjoint, type) or not hasattr(adjoint, "attach"):
         raise TypeError(
-            f"adjoint must be Envelope(), Implicit(...) or FrozenInput(...); got {adjoint!r}."
+            f"adjoint must be Envelope(), Implicit(...) or FrozenInput(...); got {adjoint!r}. "
+            "Pass one, or leave it out for Envelope()."
         )
     for name, value in (("project", project), ("callback", callback)):
-        if value is not None and not callable(value):
-            raise TypeError(f"{name} must be callable or None; got {value!r}.")
+        if value is not None and (isinstance(value, type) or not callable(value)):
+            raise TypeError(
+                f"{name} must be callable or None; got {value!r}. Pass a function, or an object "
+                "such as L2Ball(1.0)."
+            )
     for name, value in {"maximize": maximize, **flags}.items():
         check_option(name, value, bool)
     check_option("max_steps", max_steps, int, least=1)
@@ -170,16 +174,20 @@ def _check_options(
     if warm_start is not None and not isinstance(warm_start, (Solution, WarmStart)):
         raise TypeError(
             "warm_start must be a Solution from solve() or a WarmStart(x, z, mu); got "
-            f"{warm_start!r}."
+            f"{warm_start!r}. Pass one, or leave it out."
         )
     if isinstance(select, str):
         if select not in RULES:
             raise ValueError(
-                f"select must be one of {sorted(RULES)} or a callable; got {select!r}."
+                f"select must be one of {sorted(RULES)} or a callable; got {select!r}. Pass one, "
+                "or leave it out."
             )
         return RULES[select]
     if isinstance(select, type) or not callable(select):
-        raise TypeError(f"select must be one of {sorted(RULES)} or a callable; got {select!r}.")
+        raise TypeError(
+            f"select must be one of {sorted(RULES)} or a callable; got {select!r}. Pass one, such "
+            "as Best(), or leave it out."
+        )
     return cast(Rule, select)
 
 
@@ -188,9 +196,8 @@ def _prepare(
     warm_start: Solution | WarmStart | None,
 ) -> tuple[KKT, Point, tuple[int, ...]]:  # fmt: skip
     """The system and the point to start from: (f(z0, x0), 0, P_C(x0)), or the warm start."""
-    for name, function in (("f", f), ("loss", loss)):
-        if not callable(function):
-            raise TypeError(f"{name} must be callable as {name}(z, x); got {function!r}.")
+    check_callable("f", f, "f(z, x)")
+    check_callable("loss", loss, "loss(z, x)")
     first = tensors("x0", x0)[0]
     check_finite("x0", x0)
     x0 = detached(x0)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from implicitopt.accelerators.anderson import Anderson
 from implicitopt.accelerators.protocol import Accelerator, Restartable, check_accelerator
-from implicitopt.inputs import check_option
 from implicitopt.kkt import KKT, Point, Sweep, norm
+from implicitopt.options import check_option
 
 __all__ = ["Joint", "StepSizes"]
 
@@ -47,10 +47,9 @@ class StepSizes:
 
     def __post_init__(self) -> None:
         for name, value in (("z", self.z), ("mu", self.mu)):
-            if not isinstance(value, (int, float)) or not 0 < value <= 1:
-                raise ValueError(f"StepSizes({name}=...) must lie in (0, 1]; got {value!r}")
-        if self.x is not None and not callable(self.x) and not self.x > 0:
-            raise ValueError(f"StepSizes(x=...) must be positive; got {self.x!r}")
+            check_option(f"StepSizes {name}", value, float, above=0, most=1)
+        if self.x is not None and not callable(self.x):
+            check_option("StepSizes x", self.x, float, above=0)
 
 
 @dataclass(frozen=True)
@@ -88,11 +87,12 @@ class Joint:
     def __post_init__(self) -> None:
         check_accelerator("Joint accelerator", self.accelerator)
         if not isinstance(self.steps, StepSizes):
-            raise TypeError(f"Joint(steps=...) must be StepSizes(...); got {self.steps!r}.")
+            raise TypeError(
+                f"Joint steps must be StepSizes(...); got {self.steps!r}. Pass StepSizes(x=0.2), "
+                "say, or leave it out for the default."
+            )
         if self.reach is not None:
-            check_option("Joint reach", self.reach, float)
-            if not self.reach > 0:
-                raise ValueError(f"Joint reach must be positive, or None; got {self.reach}")
+            check_option("Joint reach", self.reach, float, above=0)
 
     @property
     def initial_sweeps(self) -> int:
