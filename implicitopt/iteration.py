@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from implicitopt.kkt import KKT, Point, Residuals, Sweep, choose
+from implicitopt.kkt import KKT, Point, Residuals, Sizes, Sweep, choose
 from implicitopt.select import Candidate, Kept, Rule
 from implicitopt.solution import History, Status
 
@@ -82,8 +82,9 @@ def iterate(
     initial = solver.initial_sweeps
     for step in range(initial + max_steps):
         sweep = kkt.sweep(point)
-        residuals = kkt.residuals(point, sweep)
-        lost = record.observe(step, point, sweep, residuals)
+        sizes = kkt.sizes(point)
+        residuals = kkt.residuals(point, sweep, sizes)
+        lost = record.observe(step, point, sweep, residuals, sizes)
         if callback is not None:
             shown = sweep.value * kkt.sign
             stop = callback(Progress(step, shown, residuals, record.active))
@@ -114,6 +115,7 @@ class _Record:
         inf = float("inf")
         self.kkt, self.tol, self.rule = kkt, tol, rule
         self.point = start
+        self.start_size = kkt.sizes(start).state
         self.value = full(float("nan"), like.dtype)
         self.residuals = Residuals(full(inf), full(inf), full(inf))
         self.kept = Kept(full(inf), full(inf), full(inf), full(inf), full(inf))
@@ -126,12 +128,14 @@ class _Record:
         self.history: list[tuple[Tensor, Residuals]] | None = [] if history else None
         self.drawn = (start.z, start.x) if sample else None
 
-    def observe(self, step: int, point: Point, sweep: Sweep, residuals: Residuals) -> Tensor:
+    def observe(
+        self, step: int, point: Point, sweep: Sweep, residuals: Residuals, sizes: Sizes
+    ) -> Tensor:
         """Take in one sweep; returns the problems that became non-finite and may be retried."""
         value, total = sweep.value, residuals.total
         finite = torch.isfinite(total) & torch.isfinite(value)
         running = self.active & finite
-        reached = running & (total <= self.tol)
+        reached = running & self._settled(residuals, sizes)
         slack = (point.mu * (sweep.f - point.z)).sum(dim=1).abs()
         candidate = Candidate(step, value.to(total.dtype), slack.to(total.dtype), residuals)
         keep = running & (self.rule(candidate, self.kept) | reached)
@@ -154,6 +158,18 @@ class _Record:
         if self.history is not None:
             self.history.append((value * self.kkt.sign, residuals))
         return failed & ~hopeless
+
+    def _settled(self, residuals: Residuals, sizes: Sizes) -> Tensor:
+        """Which problems meet the tolerance, and do not owe it to iterates that ran away.
+
+        A μ that grows without bound would hide a state that is no equilibrium, and an x that does
+        a gradient that is not small: where there is no solution both do, until rounding hides all.
+        """
+        total = residuals.total
+        state = residuals.z * sizes.whole <= self.tol * sizes.state
+        rounding = torch.finfo(self.value.dtype).eps
+        near = (total + rounding) * sizes.whole <= self.tol**0.5 * self.start_size
+        return (total <= self.tol) & state & near
 
     def _keep(self, keep: Tensor, point: Point, value: Tensor, new: Candidate) -> None:
         def pick(a: Tensor, b: Tensor) -> Tensor:

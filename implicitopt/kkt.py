@@ -25,7 +25,7 @@ from torch import Tensor
 
 from implicitopt.tree import Layout, Tree
 
-__all__ = ["KKT", "Point", "Residuals", "Sweep", "Work", "choose", "norm"]
+__all__ = ["KKT", "Point", "Residuals", "Sizes", "Sweep", "Work", "choose", "norm"]
 
 
 class Point(NamedTuple):
@@ -59,6 +59,13 @@ class Residuals(NamedTuple):
     def total(self) -> Tensor:
         """The relative KKT residual, one number per problem."""
         return torch.sqrt(self.z**2 + self.mu**2 + self.x**2)
+
+
+class Sizes(NamedTuple):
+    """What residuals are relative to, each ``(B,)``."""
+
+    state: Tensor  #: 1 + ‖(z, x)‖
+    whole: Tensor  #: 1 + ‖(z, μ, x)‖
 
 
 @dataclass
@@ -144,15 +151,23 @@ class KKT:
         """P_C(x)."""
         return x if self.project is None else self.project(x)
 
-    def residuals(self, point: Point, sweep: Sweep) -> Residuals:
+    def sizes(self, point: Point) -> Sizes:
+        """What residuals at the point are relative to."""
+        state = norm(point.z) ** 2 + norm(point.x) ** 2
+        whole = 1 + torch.sqrt(state + norm(point.mu) ** 2)
+        # A norm that overflows would hide every residual: such a point counts as non-finite.
+        whole = torch.where(torch.isfinite(whole), whole, torch.full_like(whole, float("nan")))
+        return Sizes(1 + torch.sqrt(state), whole)
+
+    def residuals(self, point: Point, sweep: Sweep, sizes: Sizes | None = None) -> Residuals:
         """Relative norms of the KKT blocks, eq. 14."""
         z, mu, x = point
-        stationarity = x - self.constrain(x - sweep.grad)
-        scale = 1 + torch.sqrt(norm(z) ** 2 + norm(mu) ** 2 + norm(x) ** 2)
-        # A norm that overflows would hide every residual: such a point counts as non-finite.
-        scale = torch.where(torch.isfinite(scale), scale, torch.full_like(scale, float("nan")))
+        # Not x − (x − g): rounding would lose a g that is small beside x.
+        free = self.project is None
+        stationarity = sweep.grad if free else x - self.constrain(x - sweep.grad)
+        whole = (self.sizes(point) if sizes is None else sizes).whole
         blocks = (sweep.f - z, sweep.mu - mu, stationarity)
-        return Residuals(*(norm(block) / scale for block in blocks))
+        return Residuals(*(norm(block) / whole for block in blocks))
 
     def gradient(self, point: Point) -> Point:
         """The KKT map ∇L as a differentiable function of the point and of everything f and ℓ read.

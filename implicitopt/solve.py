@@ -86,7 +86,10 @@ def solve(
         maximize: maximize the loss instead.
         max_steps: sweeps at most (for ``Nested``: updates of x).
         tol: relative KKT residual, per problem, at which a problem is CONVERGED. Default 1e-6 in
-            float64, 1e-4 in float32, 1e-2 in half precision; 0 runs all of ``max_steps``.
+            float64, 1e-4 in float32, 1e-2 in half precision; 0 runs all of ``max_steps``. Nor does
+            a problem count as converged whose ‖f − z‖ exceeds tol (1 + ‖(z, x)‖), or whose KKT
+            residual as such exceeds √tol times 1 + ‖(z, x)‖ at the start: a μ or an x that grows
+            without bound makes every residual small beside it.
         select: which iterate is returned where none met ``tol``: "best", "last", "paper" or a
             callable (see :mod:`implicitopt.select`).
         warm_start: an earlier solution of problems of the same shape, or a ``WarmStart`` made of
