@@ -20,6 +20,7 @@ from implicitopt.inputs import (
     detached,
     initial_state,
     out_of_inference,
+    refuse_transforms,
     same_kind,
     tensors,
 )
@@ -118,6 +119,7 @@ def fixed_point(
     """
     from implicitopt.solve import default_tol
 
+    refuse_transforms("fixed_point")
     check_callable("f", f, "f(z, x)")
     accelerator = Anderson("II") if accelerator is None else accelerator
     check_accelerator("accelerator", accelerator)

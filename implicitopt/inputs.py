@@ -25,6 +25,7 @@ __all__ = [
     "one_layout",
     "out_of_inference",
     "problem_count",
+    "refuse_transforms",
     "same_kind",
     "shapes",
     "tensors",
@@ -137,6 +138,16 @@ def detached(tree: Tree) -> Tree:
         return leaf.detach().clone() if leaf.is_inference() else leaf.detach()
 
     return pytree.tree_map(detach, tree)
+
+
+def refuse_transforms(name: str) -> None:
+    """Raise inside of ``torch.func``'s transforms: autograd, which ``name`` needs, is off there."""
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"{name} must be called outside of torch.func's transforms; got a call inside of grad, "
+            "vjp, jacrev, vmap or the like. Use torch.autograd.grad and "
+            "torch.autograd.functional.jacobian for derivatives, and for vmap a larger batch."
+        )
 
 
 def out_of_inference(tree: Tree) -> Tree:

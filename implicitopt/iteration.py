@@ -169,7 +169,8 @@ class _Record:
         state = residuals.z * sizes.whole <= self.tol * sizes.state
         rounding = torch.finfo(self.value.dtype).eps
         near = (total + rounding) * sizes.whole <= self.tol**0.5 * self.start_size
-        return (total <= self.tol) & state & near
+        settled: Tensor = (total <= self.tol) & state & near
+        return settled
 
     def _keep(self, keep: Tensor, point: Point, value: Tensor, new: Candidate) -> None:
         def pick(a: Tensor, b: Tensor) -> Tensor:

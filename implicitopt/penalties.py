@@ -13,6 +13,7 @@ from implicitopt.inputs import (
     check_batch,
     check_image,
     out_of_inference,
+    refuse_transforms,
     tensors,
 )
 from implicitopt.options import check_callable, check_option
@@ -52,6 +53,7 @@ def jacobian_penalty(
     >>> bool((penalty - 3 * 0.25).abs().max() < 0.05)
     True
     """
+    refuse_transforms("jacobian_penalty")
     check_callable("f", f, "f(z, x)")
     check_option("probes", probes, int, least=1)
     check_option("batched", batched, bool)

@@ -19,6 +19,7 @@ from implicitopt.inputs import (
     initial_state,
     one_layout,
     problem_count,
+    refuse_transforms,
     same_kind,
     tensors,
 )
@@ -105,6 +106,7 @@ def solve(
 
     Raises:
         ValueError, TypeError: an input is not as described above.
+        RuntimeError: called under ``torch.inference_mode`` or inside of a ``torch.func`` transform.
         SolveError: with ``throw=True``, a problem did not converge.
 
     Source: Gurumurthy, Bai, Manchester, Kolter, "Joint inference and input optimization in
@@ -117,6 +119,7 @@ def solve(
     >>> sol.converged.all().item(), sol.x.shape
     (True, torch.Size([4, 2]))
     """
+    refuse_transforms("solve")
     solver = Adaptive() if solver is None else solver
     adjoint = Envelope() if adjoint is None else adjoint
     rule = _check_options(
