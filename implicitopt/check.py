@@ -13,6 +13,7 @@ from implicitopt.diagnosis import findings
 from implicitopt.diagnosis.measurements import Directions
 from implicitopt.diagnosis.report import Finding, Report
 from implicitopt.kkt import KKT
+from implicitopt.options import check_callable, check_option
 from implicitopt.tree import Tree
 
 __all__ = ["Finding", "Report", "check"]
@@ -44,8 +45,8 @@ def check(
         whether f contracts; derivatives against central differences, with the steps that the
         dtype allows; the gradient of the reduced problem, likewise; the projection.
 
-    It takes some hundreds of evaluations of f, and raises nothing: an exception of ``f``, ``loss``
-    or ``project`` is a finding.
+    It takes some hundreds of evaluations of f, and raises nothing but a ``TypeError`` for a seed
+    that is none: an exception of ``f``, ``loss`` or ``project`` is a finding.
 
     >>> import torch
     >>> from implicitopt.check import check
@@ -56,6 +57,8 @@ def check(
     >>> print(report["derivatives of f"].detail)
     in x: off by 100% in every problem
     """
+    check_option("seed", seed, int)
+    check_option("quiet", quiet, bool)
     devices = [torch.device("cuda", k) for k in range(torch.cuda.device_count())]
     with torch.random.fork_rng(devices=devices):
         report = Report(tuple(_look(f, loss, x0, z0, project, Directions(seed))))
@@ -107,9 +110,8 @@ def _look(
 
 def _system(f: Any, loss: Any, x0: Tree, z0: Any, project: Any) -> tuple[KKT, Tensor, Tensor]:
     """The system and its start f(z0, x0), P_C(x0), by the checks that solve makes."""
-    for name, function in (("f", f), ("loss", loss)):
-        if not callable(function):
-            raise TypeError(f"{name} must be callable as {name}(z, x); got {function!r}.")
+    check_callable("f", f, "f(z, x)")
+    check_callable("loss", loss, "loss(z, x)")
     first = inputs.tensors("x0", x0)[0]
     inputs.check_finite("x0", x0)
     x0 = inputs.detached(x0)

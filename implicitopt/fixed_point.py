@@ -13,18 +13,21 @@ from implicitopt.accelerators.anderson import Anderson
 from implicitopt.accelerators.protocol import Accelerator, check_accelerator
 from implicitopt.adjoint.implicit import LinearOptions, attach_root
 from implicitopt.inputs import (
+    call_unchanged,
+    check_batch,
     check_finite,
     check_map,
-    check_option,
     detached,
     initial_state,
+    out_of_inference,
+    refuse_transforms,
     same_kind,
-    shapes,
     tensors,
 )
 from implicitopt.kkt import norm
+from implicitopt.options import check_callable, check_option
 from implicitopt.solution import AdjointReport
-from implicitopt.tree import Layout, Tree, leaves
+from implicitopt.tree import Layout, Tree
 
 __all__ = ["ConvergenceWarning", "fixed_point", "picard_to_rest"]
 
@@ -116,8 +119,8 @@ def fixed_point(
     """
     from implicitopt.solve import default_tol
 
-    if not callable(f):
-        raise TypeError(f"f must be callable as f(z, x); got {f!r}.")
+    refuse_transforms("fixed_point")
+    check_callable("f", f, "f(z, x)")
     accelerator = Anderson("II") if accelerator is None else accelerator
     check_accelerator("accelerator", accelerator)
     check_option("max_steps", max_steps, int, least=1)
@@ -127,21 +130,18 @@ def fixed_point(
     options = LinearOptions(adjoint_tol, adjoint_max_steps)
     first = tensors("x", x)[0]
     check_finite("x", x)
+    x = out_of_inference(x)
     constant = detached(x)
     z0 = initial_state(f, constant, z0)
     same_kind("z0", z0, "x", first)
     check_finite("z0", z0)
-    if batched and len({leaf.shape[0] if leaf.dim() else -1 for leaf in leaves(z0)} | {-1}) != 2:
-        raise ValueError(
-            "dim 0 of every leaf of z0 must be the batch of problems, of one size; got "
-            f"{shapes(z0)}. Pass batched=False if all of z is one problem."
-        )
+    check_batch("z0", z0, batched)
     layout = Layout.of(z0, batched=batched)
     start = layout.flatten(check_map(f, z0, constant)).to(first.dtype)
     tol = default_tol(first.dtype) if tol is None else float(tol)
 
     def image(z: Tensor, at: Tree) -> Tensor:
-        return layout.flatten(f(layout.unflatten(z), at)).to(z.dtype)
+        return layout.flatten(call_unchanged(f, layout.unflatten(z), at), "f(z, x)").to(z.dtype)
 
     with torch.no_grad():
         z, residual, _ = picard_to_rest(

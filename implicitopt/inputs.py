@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -14,36 +13,25 @@ from implicitopt.projections import Box, L2Ball, LinfBall, Simplex
 from implicitopt.tree import Layout, Tree, leaves
 
 __all__ = [
+    "call_unchanged",
+    "check_batch",
     "check_finite",
+    "check_image",
     "check_map",
-    "check_option",
     "check_projection",
     "check_warm_start",
     "detached",
     "initial_state",
     "one_layout",
+    "out_of_inference",
     "problem_count",
+    "refuse_transforms",
     "same_kind",
     "shapes",
     "tensors",
 ]
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-def check_option(name: str, value: Any, kind: type, *, least: float | None = None) -> None:
-    """``value`` must be a ``kind`` (an int will do for a float), and at least ``least``."""
-    numeric: Any = {int: Integral, float: Real}.get(kind, kind)
-    article = "an" if kind is int else "a"
-    bound = "" if least is None else f" of at least {least}"
-    message = (
-        f"{name} must be {article} {kind.__name__}{bound}; got {value!r}. "
-        f"Pass {name}=... of that kind, or leave it out for the default."
-    )
-    if not isinstance(value, numeric) or (isinstance(value, bool) and kind is not bool):
-        raise TypeError(message)
-    if least is not None and not value >= least:  # so that NaN is refused too
-        raise ValueError(message)
 
 
 def tensors(name: str, tree: Tree) -> list[Tensor]:
@@ -122,6 +110,15 @@ def same_kind(name: str, tree: Tree, other_name: str, other: Tensor) -> None:
         )
 
 
+def check_batch(name: str, tree: Tree, batched: bool) -> None:
+    """Where ``batched``, dim 0 of every leaf of ``tree`` must be one and the same batch."""
+    if batched and len({leaf.shape[0] if leaf.dim() else -1 for leaf in leaves(tree)} | {-1}) != 2:
+        raise ValueError(
+            f"dim 0 of every leaf of {name} must be the batch of problems, of one size; got "
+            f"{shapes(tree)}. Pass batched=False if all of it is one problem."
+        )
+
+
 def shapes(tree: Tree) -> str:
     """The shapes of a pytree's leaves, in its structure, for messages."""
     return str(
@@ -141,6 +138,25 @@ def detached(tree: Tree) -> Tree:
         return leaf.detach().clone() if leaf.is_inference() else leaf.detach()
 
     return pytree.tree_map(detach, tree)
+
+
+def refuse_transforms(name: str) -> None:
+    """Raise inside of ``torch.func``'s transforms: autograd, which ``name`` needs, is off there."""
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"{name} must be called outside of torch.func's transforms; got a call inside of grad, "
+            "vjp, jacrev, vmap or the like. Use torch.autograd.grad and "
+            "torch.autograd.functional.jacobian for derivatives, and for vmap a larger batch."
+        )
+
+
+def out_of_inference(tree: Tree) -> Tree:
+    """``tree`` with those tensors copied that inference mode made: autograd bars them."""
+
+    def copy(leaf: Any) -> Any:
+        return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
+
+    return pytree.tree_map(copy, tree)
 
 
 def _copied(tree: Tree) -> Tree:
@@ -226,23 +242,48 @@ def _call(name: str, function: Callable[..., Any], *arguments: tuple[str, Tree])
             # Writes through .data leave the version as it is.
             same = torch.allclose(leaf, given, rtol=0, atol=0, equal_nan=True)
             if leaf._version != version or not same:
-                raise ValueError(
-                    f"{name} must leave its arguments as they are; it changed {label} in place. "
-                    f"Use the out-of-place operation (torch.relu(z), not z.relu_()), or clone "
-                    f"{label} first."
-                )
+                raise _changed(name, label)
     return value
+
+
+def call_unchanged(f: Callable[[Tree, Tree], Tree], z: Tree, x: Tree) -> Tree:
+    """f(z, x), in the graph of z and x, after checking that it did not write on them."""
+    given = [
+        leaf for leaf in leaves((z, x)) if isinstance(leaf, Tensor) and not leaf.is_inference()
+    ]
+    before = [leaf._version for leaf in given]
+    image = f(z, x)
+    if [leaf._version for leaf in given] != before:
+        raise _changed("f", "z or x")
+    return image
+
+
+def _changed(name: str, label: str) -> ValueError:
+    return ValueError(
+        f"{name} must leave its arguments as they are; it changed {label} in place. Use the "
+        f"out-of-place operation (torch.relu(z), not z.relu_()), or clone {label} first."
+    )
 
 
 def check_map(f: Callable[[Tree, Tree], Tree], z: Tree, x: Tree) -> Tree:
     """f(z, x), after checking that f maps states to states and can be differentiated."""
     image = _call("f", f, ("z", z), ("x", x))
+    check_image(image, z)
+    return detached(image)
+
+
+def check_image(image: Tree, z: Tree) -> None:
+    """What f returned for the state ``z`` must be a state that carries a gradient."""
     if not _same_shapes(image, z):
         raise ValueError(
             f"f(z, x) must return a state shaped like z: expected {shapes(z)}, got "
             f"{shapes(image)}. Make f return its next state, or pass a z0 of that shape."
         )
     for got, given in zip(leaves(image), leaves(z), strict=True):
+        if got.layout != torch.strided:
+            raise TypeError(
+                f"f(z, x) must be dense; got layout {got.layout}. Convert it with .to_dense()."
+            )
         if got.device != given.device:
             raise ValueError(
                 f"f(z, x) must stay on the device of z, {given.device}; got {got.device}. "
@@ -258,7 +299,6 @@ def check_map(f: Callable[[Tree, Tree], Tree], z: Tree, x: Tree) -> Tree:
             "f(z, x) must be differentiable in z or x; its output carries no gradient to "
             "either. Remove torch.no_grad(), .detach() or .data from f."
         )
-    return detached(image)
 
 
 def problem_count(loss: Callable[[Tree, Tree], Tensor], z: Tree, x: Tree) -> int | None:
@@ -284,7 +324,7 @@ def problem_count(loss: Callable[[Tree, Tree], Tensor], z: Tree, x: Tree) -> int
         )
     if value.dim() == 1:
         for name, found in (("x0", leaves(x)), ("z0", leaves(z))):
-            _check_batch(name, found, value.shape[0])
+            _check_count(name, found, value.shape[0])
     if value.device != first.device:
         raise ValueError(
             f"loss(z, x) must stay on the device of x0, {first.device}; got {value.device}. "
@@ -304,7 +344,7 @@ def problem_count(loss: Callable[[Tree, Tree], Tensor], z: Tree, x: Tree) -> int
     return value.shape[0] if value.dim() else None
 
 
-def _check_batch(name: str, found: list[Tensor], count: int) -> None:
+def _check_count(name: str, found: list[Tensor], count: int) -> None:
     for leaf in found:
         if leaf.dim() == 0 or leaf.shape[0] != count:
             raise ValueError(
@@ -326,7 +366,7 @@ def check_projection(
         return project(tree, batched=layout.batched) if per_problem else project(tree)
 
     def on_matrix(rows: Tensor) -> Tensor:
-        return layout.flatten(on_tree(layout.unflatten(rows))).to(rows.dtype)
+        return layout.flatten(on_tree(layout.unflatten(rows)), "project(x)").to(rows.dtype)
 
     once = _call("project", on_tree, ("x", x))
     if not _same_shapes(once, x):

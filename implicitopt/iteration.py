@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from implicitopt.kkt import KKT, Point, Residuals, Sweep, choose, some
+from implicitopt.kkt import KKT, Point, Residuals, Sizes, Sweep, choose, some
 from implicitopt.select import Candidate, Kept, Rule
 from implicitopt.solution import History, Status
 
@@ -114,6 +114,7 @@ class _Record:
         inf = float("inf")
         self.kkt, self.tol, self.rule = kkt, tol, rule
         self.point = start
+        self.start_size = kkt.sizes(start).state
         self.value = full(float("nan"), like.dtype)
         self.residuals = Residuals(full(inf), full(inf), full(inf))
         self.kept = Kept(full(inf), full(inf), full(inf), full(inf), full(inf))
@@ -132,7 +133,7 @@ class _Record:
         total = residuals.total
         finite = torch.isfinite(total) & torch.isfinite(value)
         running = self.active & finite
-        reached = running & (total <= self.tol)
+        reached = running & self._settled(residuals, sweep.sizes)
         slack = sweep.coupling.abs().to(total.dtype)
         candidate = Candidate(step, value.to(total.dtype), slack, residuals)
         keep = running & (self.rule(candidate, self.kept) | reached)
@@ -155,6 +156,19 @@ class _Record:
         if self.history is not None:
             self.history.append((value * self.kkt.sign, residuals))
         return failed & ~hopeless
+
+    def _settled(self, residuals: Residuals, sizes: Sizes) -> Tensor:
+        """Which problems meet the tolerance, and do not owe it to iterates that ran away.
+
+        A μ that grows without bound would hide a state that is no equilibrium, and an x that does
+        a gradient that is not small: where there is no solution both do, until rounding hides all.
+        """
+        total = residuals.total
+        state = residuals.z * sizes.whole <= self.tol * sizes.state
+        rounding = torch.finfo(self.value.dtype).eps
+        near = (total + rounding) * sizes.whole <= self.tol**0.5 * self.start_size
+        settled: Tensor = (total <= self.tol) & state & near
+        return settled
 
     def _keep(self, keep: Tensor, point: Point, value: Tensor, new: Candidate) -> None:
         def pick(a: Tensor, b: Tensor) -> Tensor:

@@ -25,7 +25,18 @@ from torch import Tensor
 
 from implicitopt.tree import Layout, Tree
 
-__all__ = ["KKT", "Point", "Residuals", "Sweep", "Work", "at_hand", "choose", "norm", "some"]
+__all__ = [
+    "KKT",
+    "Point",
+    "Residuals",
+    "Sizes",
+    "Sweep",
+    "Work",
+    "at_hand",
+    "choose",
+    "norm",
+    "some",
+]
 
 
 class Point(NamedTuple):
@@ -65,6 +76,13 @@ class Residuals(NamedTuple):
         return torch.sqrt(self.z**2 + self.mu**2 + self.x**2)
 
 
+class Sizes(NamedTuple):
+    """What residuals are relative to, each ``(B,)``."""
+
+    state: Tensor  #: 1 + ‖(z, x)‖
+    whole: Tensor  #: 1 + ‖(z, μ, x)‖
+
+
 class Sweep(NamedTuple):
     """What one sweep at a :class:`Point` finds."""
 
@@ -74,7 +92,7 @@ class Sweep(NamedTuple):
     value: Tensor  #: ℓ(z, x), ``(B,)``
     r: Tensor  #: (f − z, μ⁺ − μ, −∇ₓL) side by side, ``(B, 2n + d)``
     coupling: Tensor  #: μᵀ(f − z), ``(B,)``
-    size: Tensor  #: ‖(z, μ, x)‖, ``(B,)``
+    sizes: Sizes
     residuals: Residuals
 
 
@@ -128,11 +146,17 @@ class KKT:
     def state_map(self, z: Tensor, x: Tensor) -> Tensor:
         """f on matrices: ``(B, n), (B, d) -> (B, n)``."""
         image = self.f(self.z_layout.unflatten(z), self.x_layout.unflatten(x))
-        return self.z_layout.flatten(image).to(z.dtype)
+        return self.z_layout.flatten(image, "f(z, x)").to(z.dtype)
 
     def objective(self, z: Tensor, x: Tensor) -> Tensor:
         """±ℓ on matrices: ``(B, n), (B, d) -> (B,)``."""
         value = self.loss(self.z_layout.unflatten(z), self.x_layout.unflatten(x))
+        if not isinstance(value, Tensor) or value.numel() != z.shape[0]:
+            raise ValueError(
+                f"loss(z, x) must return {z.shape[0]} values at every call, as at the first; got "
+                f"{tuple(value.shape) if isinstance(value, Tensor) else value!r}. Return the same "
+                "kind of value at every call."
+            )
         return self.sign * value.reshape(z.shape[0]).to(z.dtype)
 
     def lagrangian(self, point: Point) -> Tensor:
@@ -162,12 +186,10 @@ class KKT:
         off, adjoint_off, stationarity = Point.split(r, n)
         if self.project is not None:
             stationarity = x - self.constrain(x - grad)
-        size = torch.sqrt(norm(z) ** 2 + norm(point.mu) ** 2 + norm(x) ** 2)
-        # A norm that overflows would hide every residual: such a point counts as non-finite.
-        scale = torch.where(torch.isfinite(size), 1 + size, float("nan"))
-        residuals = Residuals(*(norm(b) / scale for b in (off, adjoint_off, stationarity)))
+        sizes = self.sizes(point)
+        residuals = Residuals(*(norm(b) / sizes.whole for b in (off, adjoint_off, stationarity)))
         coupling = (point.mu[:, None] @ off[..., None])[:, 0, 0]
-        return Sweep(f, mu, grad, value, r, coupling, size, residuals)
+        return Sweep(f, mu, grad, value, r, coupling, sizes, residuals)
 
     def linearize(self, z: Tensor, x: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
         """μ ↦ (∂f/∂z)ᵀ μ at one (z, x), to be applied many times, and ∂ℓ/∂z there."""
@@ -186,6 +208,14 @@ class KKT:
     def constrain(self, x: Tensor) -> Tensor:
         """P_C(x)."""
         return x if self.project is None else self.project(x)
+
+    def sizes(self, point: Point) -> Sizes:
+        """What residuals at the point are relative to."""
+        state = norm(point.z) ** 2 + norm(point.x) ** 2
+        whole = 1 + torch.sqrt(state + norm(point.mu) ** 2)
+        # A norm that overflows would hide every residual: such a point counts as non-finite.
+        whole = torch.where(torch.isfinite(whole), whole, torch.full_like(whole, float("nan")))
+        return Sizes(1 + torch.sqrt(state), whole)
 
     def gradient(self, point: Point) -> Point:
         """The KKT map ∇L as a differentiable function of the point and of everything f and ℓ read.

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from implicitopt.inputs import check_option, tensors
+from implicitopt.inputs import (
+    call_unchanged,
+    check_batch,
+    check_image,
+    out_of_inference,
+    refuse_transforms,
+    tensors,
+)
+from implicitopt.options import check_callable, check_option
 from implicitopt.tree import Layout, Tree
 
 __all__ = ["jacobian_penalty"]
@@ -32,6 +40,9 @@ def jacobian_penalty(
         ``(B,)``, or ``()`` with ``batched=False``; divide by the size of a state for a number
         that does not depend on it.
 
+    Raises:
+        ValueError, TypeError: z or what f returns is not as described above.
+
     Source: JIIO eq. 27; Bai, Koltun, Kolter, "Stabilizing equilibrium models by Jacobian
     regularization", ICML 2021.
 
@@ -42,14 +53,21 @@ def jacobian_penalty(
     >>> bool((penalty - 3 * 0.25).abs().max() < 0.05)
     True
     """
+    refuse_transforms("jacobian_penalty")
+    check_callable("f", f, "f(z, x)")
     check_option("probes", probes, int, least=1)
+    check_option("batched", batched, bool)
     tensors("z", z)
+    check_batch("z", z, batched)
+    z, x = out_of_inference(z), out_of_inference(x)
     with torch.enable_grad():
         z = pytree.tree_map(
             lambda leaf: leaf if leaf.requires_grad else leaf.detach().requires_grad_(), z
         )
         layout = Layout.of(z, batched=batched)
-        image = layout.flatten(f(z, x))
+        image = call_unchanged(f, z, x)
+        check_image(image, z)
+        image = layout.flatten(image)
         total = image.new_zeros(image.shape[0])
         for _ in range(probes):
             pulled = torch.autograd.grad(

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 PyTree = Any
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,9 +182,13 @@ class _Layout:
     def __init__(self, x: PyTree, batched: bool) -> None:
         leaves, self.spec = pytree.tree_flatten(x)
         for leaf in leaves:
-            if not isinstance(leaf, Tensor) or not leaf.is_floating_point():
+            if not isinstance(leaf, Tensor) or leaf.dtype not in _DTYPES:
                 found = f"a {leaf.dtype} tensor" if isinstance(leaf, Tensor) else repr(leaf)
                 raise TypeError(f"x must hold floating-point tensors; got {found}. Convert it.")
+            if leaf.layout != torch.strided:
+                raise TypeError(
+                    f"x must be dense; got layout {leaf.layout}. Convert it with .to_dense()."
+                )
         self.batched = batched
         self.leaves = leaves if batched else [leaf.unsqueeze(0) for leaf in leaves]
         batches = {leaf.shape[:1] for leaf in self.leaves}
@@ -212,7 +217,7 @@ class _Layout:
     def spread(self, name: str, value: PyTree) -> Tensor:
         """A bound for each entry: (B, n), or () where one number serves all."""
         if value is None or isinstance(value, Real):
-            return self.rows.new_full((), float(value or 0.0))
+            return self._number(value or 0.0).to(self.rows.device)
         bounds, spec = pytree.tree_flatten(value)
         if isinstance(value, Tensor):
             bounds = bounds * len(self.leaves)
@@ -221,7 +226,9 @@ class _Layout:
                 f"{name} must be a number, a tensor, or a pytree with the structure of x, "
                 f"{self.spec}; got {spec}. Give it the containers and keys of x."
             )
-        bounds = [b if isinstance(b, Tensor) else self.rows.new_full((), float(b)) for b in bounds]
+        bounds = [
+            b if isinstance(b, Tensor) else self._number(b).to(self.rows.device) for b in bounds
+        ]
         try:
             pairs = zip(bounds, self.leaves, strict=True)
             return self._join([bound.expand(leaf.shape) for bound, leaf in pairs])
@@ -233,10 +240,20 @@ class _Layout:
                 "needs trailing dims of 1."
             ) from error
 
+    def _number(self, value: Any) -> Tensor:
+        # What overflows becomes infinite: no bound at all.
+        return torch.tensor(float(value), dtype=torch.float64).to(self.dtype)
+
     def per_problem(self, name: str, value: float | Tensor) -> Tensor:
         """A number for each problem: (B, 1), or () where one serves all."""
         if not isinstance(value, Tensor):
-            return self.rows.new_full((), float(value))
+            number = self._number(value)
+            if not number.isfinite():
+                raise ValueError(
+                    f"{name} must be finite in {self.dtype}, the dtype of x; got {value}. Pass a "
+                    "smaller one, or leave the constraint out."
+                )
+            return number.to(self.rows.device)
         if value.ndim and value.shape != self.rows.shape[:1]:
             raise ValueError(
                 f"{name} must have shape () or ({len(self.rows)},), one value per problem; got "

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from implicitopt.kkt import Residuals
+from implicitopt.options import check_option
 
 __all__ = ["RULES", "Best", "Candidate", "Kept", "Last", "PaperRule", "Rule"]
 
@@ -62,8 +63,7 @@ class Best:
     small: float = 0.03
 
     def __post_init__(self) -> None:
-        if not self.small > 0:
-            raise ValueError(f"Best(small=...) must be positive; got {self.small}")
+        check_option("Best small", self.small, float, above=0)
 
     def __call__(self, new: Candidate, kept: Kept) -> Tensor:
         score = new.value + new.slack

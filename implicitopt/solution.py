@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any
 
 from torch import Tensor
 
+from implicitopt.inputs import detached
 from implicitopt.kkt import Residuals, Work
 from implicitopt.tree import Tree
 
@@ -105,7 +106,8 @@ class Solution:
     """The result of :func:`implicitopt.solve`.
 
     ``x``, ``z`` and ``mu`` are shaped as ``x0`` and ``z0``; per-problem fields are shaped as
-    ``loss`` returns its value, ``(B,)`` or ``()``.
+    ``loss`` returns its value, ``(B,)`` or ``()``. Pickled, or copied by ``copy.deepcopy``, it has
+    lost its gradient.
     """
 
     x: Tree  #: the input found
@@ -125,6 +127,13 @@ class Solution:
     def converged(self) -> Tensor:
         """Which problems reached ``tol``."""
         return self.status == Status.CONVERGED
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pickled and deeply copied without the graph, which neither could follow.
+        return {name: detached(value) for name, value in vars(self).items()}
+
+    def __copy__(self) -> Solution:
+        return replace(self)
 
     def raise_if_failed(self) -> Solution:
         """Return self if every problem converged, else raise :class:`SolveError`.

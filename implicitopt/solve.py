@@ -13,18 +13,19 @@ from implicitopt.adjoint.envelope import Attached, Envelope
 from implicitopt.inputs import (
     check_finite,
     check_map,
-    check_option,
     check_projection,
     check_warm_start,
     detached,
     initial_state,
     one_layout,
     problem_count,
+    refuse_transforms,
     same_kind,
     tensors,
 )
 from implicitopt.iteration import Outcome, Progress, Solver, iterate
 from implicitopt.kkt import KKT, Point, Residuals
+from implicitopt.options import check_callable, check_option
 from implicitopt.select import RULES, Rule
 from implicitopt.solution import AdjointReport, History, Solution, Status, WarmStart
 from implicitopt.solvers.adaptive import Adaptive
@@ -86,7 +87,10 @@ def solve(
         maximize: maximize the loss instead.
         max_steps: sweeps at most (for ``Nested``: updates of x).
         tol: relative KKT residual, per problem, at which a problem is CONVERGED. Default 1e-6 in
-            float64, 1e-4 in float32, 1e-2 in half precision; 0 runs all of ``max_steps``.
+            float64, 1e-4 in float32, 1e-2 in half precision; 0 runs all of ``max_steps``. Nor does
+            a problem count as converged whose ‖f − z‖ exceeds tol (1 + ‖(z, x)‖), or whose KKT
+            residual as such exceeds √tol times 1 + ‖(z, x)‖ at the start: a μ or an x that grows
+            without bound makes every residual small beside it.
         select: which iterate is returned where none met ``tol``: "best", "last", "paper" or a
             callable (see :mod:`implicitopt.select`).
         warm_start: an earlier solution of problems of the same shape, or a ``WarmStart`` made of
@@ -102,6 +106,7 @@ def solve(
 
     Raises:
         ValueError, TypeError: an input is not as described above.
+        RuntimeError: called under ``torch.inference_mode`` or inside of a ``torch.func`` transform.
         SolveError: with ``throw=True``, a problem did not converge.
 
     Source: Gurumurthy, Bai, Manchester, Kolter, "Joint inference and input optimization in
@@ -114,6 +119,7 @@ def solve(
     >>> sol.converged.all().item(), sol.x.shape
     (True, torch.Size([4, 2]))
     """
+    refuse_transforms("solve")
     solver = Adaptive() if solver is None else solver
     adjoint = Envelope() if adjoint is None else adjoint
     rule = _check_options(
@@ -153,15 +159,19 @@ def _check_options(
     if isinstance(solver, type) or not (hasattr(solver, "init") and hasattr(solver, "step")):
         raise TypeError(
             "solver must be Adaptive(...), Joint(...), OneShot(...), Nested(...) or an object with "
-            f"their methods; got {solver!r}."
+            f"their methods; got {solver!r}. Pass one, or leave it out for Adaptive()."
         )
     if isinstance(adjoint, type) or not hasattr(adjoint, "attach"):
         raise TypeError(
-            f"adjoint must be Envelope(), Implicit(...) or FrozenInput(...); got {adjoint!r}."
+            f"adjoint must be Envelope(), Implicit(...) or FrozenInput(...); got {adjoint!r}. "
+            "Pass one, or leave it out for Envelope()."
         )
     for name, value in (("project", project), ("callback", callback)):
-        if value is not None and not callable(value):
-            raise TypeError(f"{name} must be callable or None; got {value!r}.")
+        if value is not None and (isinstance(value, type) or not callable(value)):
+            raise TypeError(
+                f"{name} must be callable or None; got {value!r}. Pass a function, or an object "
+                "such as L2Ball(1.0)."
+            )
     for name, value in {"maximize": maximize, **flags}.items():
         check_option(name, value, bool)
     check_option("max_steps", max_steps, int, least=1)
@@ -170,16 +180,20 @@ def _check_options(
     if warm_start is not None and not isinstance(warm_start, (Solution, WarmStart)):
         raise TypeError(
             "warm_start must be a Solution from solve() or a WarmStart(x, z, mu); got "
-            f"{warm_start!r}."
+            f"{warm_start!r}. Pass one, or leave it out."
         )
     if isinstance(select, str):
         if select not in RULES:
             raise ValueError(
-                f"select must be one of {sorted(RULES)} or a callable; got {select!r}."
+                f"select must be one of {sorted(RULES)} or a callable; got {select!r}. Pass one, "
+                "or leave it out."
             )
         return RULES[select]
     if isinstance(select, type) or not callable(select):
-        raise TypeError(f"select must be one of {sorted(RULES)} or a callable; got {select!r}.")
+        raise TypeError(
+            f"select must be one of {sorted(RULES)} or a callable; got {select!r}. Pass one, such "
+            "as Best(), or leave it out."
+        )
     return cast(Rule, select)
 
 
@@ -188,9 +202,8 @@ def _prepare(
     warm_start: Solution | WarmStart | None,
 ) -> tuple[KKT, Point, tuple[int, ...]]:  # fmt: skip
     """The system and the point to start from: (f(z0, x0), 0, P_C(x0)), or the warm start."""
-    for name, function in (("f", f), ("loss", loss)):
-        if not callable(function):
-            raise TypeError(f"{name} must be callable as {name}(z, x); got {function!r}.")
+    check_callable("f", f, "f(z, x)")
+    check_callable("loss", loss, "loss(z, x)")
     first = tensors("x0", x0)[0]
     check_finite("x0", x0)
     x0 = detached(x0)

@@ -44,9 +44,21 @@ class Layout:
         """Numbers per problem."""
         return sum(torch.Size(shape).numel() for shape in self.shapes)
 
-    def flatten(self, tree: Tree) -> Tensor:
-        """The pytree as a ``(problems, width)`` matrix."""
-        flat = pytree.tree_leaves(tree)
+    def flatten(self, tree: Tree, name: str = "a tree") -> Tensor:
+        """The pytree, called ``name`` in messages, as a ``(problems, width)`` matrix."""
+        flat, spec = pytree.tree_flatten(tree)
+        first = 1 if self.batched else 0
+        if (
+            spec != self.spec
+            or not all(isinstance(leaf, Tensor) for leaf in flat)
+            or any(leaf.shape[first:] != like for leaf, like in zip(flat, self.shapes, strict=True))
+        ):
+            got = [tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf for leaf in flat]
+            raise ValueError(
+                f"{name} must keep its structure and shapes from call to call, "
+                f"{list(self.shapes)}{' after the batch' if self.batched else ''}; got {got}. "
+                "Return the same kind of value at every call."
+            )
         rows = flat[0].shape[0] if self.batched else 1
         parts = [
             leaf.reshape(rows, -1) if leaf.numel() else leaf.new_zeros(rows, 0) for leaf in flat

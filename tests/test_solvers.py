@@ -275,7 +275,7 @@ def test_nested_gradient_descent_is_gradient_descent_on_the_reduced_loss():
 
 def test_lbfgs_would_couple_a_batch_and_raises():
     problem = quadratic()
-    with pytest.raises(ValueError, match=r"LBFGS would couple the 3 problems"):
+    with pytest.raises(ValueError, match=r"LBFGS must have a single problem.* got 3"):
         solve(problem.f, problem.loss, *problem.start(), solver=LBFGS)
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from implicitopt.kkt import norm, some
+from implicitopt.options import check_choice, check_option
 
 __all__ = ["Anderson"]
 
@@ -57,17 +58,11 @@ class Anderson:
     damping: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.kind not in ("I", "II"):
-            raise ValueError(f'Anderson kind must be "I" or "II"; got {self.kind!r}')
+        check_choice("Anderson kind", self.kind, ("I", "II"))
         if self.memory is not None:
-            if isinstance(self.memory, bool) or not isinstance(self.memory, int):
-                raise TypeError(f"Anderson memory must be an int or None; got {self.memory!r}")
-            if self.memory < 1:
-                raise ValueError(f"Anderson memory must be at least 1; got {self.memory}")
-        if not 0 <= self.ridge < 1:
-            raise ValueError(f"Anderson ridge must lie in [0, 1); got {self.ridge}")
-        if not 0 < self.damping <= 1:
-            raise ValueError(f"Anderson damping must lie in (0, 1]; got {self.damping}")
+            check_option("Anderson memory", self.memory, int, least=1)
+        check_option("Anderson ridge", self.ridge, float, least=0, below=1)
+        check_option("Anderson damping", self.damping, float, above=0, most=1)
 
     def init(self, v: Tensor) -> AndersonState:
         memory = self.memory or min(60, max(10, 60_000 // max(1, v.shape[1])))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from implicitopt.kkt import norm
+from implicitopt.options import check_choice, check_option
 
 __all__ = ["Broyden"]
 
@@ -43,14 +44,9 @@ class Broyden:
     damping: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.kind not in ("good", "bad"):
-            raise ValueError(f'Broyden kind must be "good" or "bad"; got {self.kind!r}')
-        if isinstance(self.memory, bool) or not isinstance(self.memory, int):
-            raise TypeError(f"Broyden memory must be an int; got {self.memory!r}")
-        if self.memory < 1:
-            raise ValueError(f"Broyden memory must be at least 1; got {self.memory}")
-        if not 0 < self.damping <= 1:
-            raise ValueError(f"Broyden damping must lie in (0, 1]; got {self.damping}")
+        check_choice("Broyden kind", self.kind, ("good", "bad"))
+        check_option("Broyden memory", self.memory, int, least=1)
+        check_option("Broyden damping", self.damping, float, above=0, most=1)
 
     def init(self, v: Tensor) -> BroydenState:
         rows, n = v.shape

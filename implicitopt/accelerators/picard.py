@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from implicitopt.options import check_option
+
 __all__ = ["Picard"]
 
 
@@ -27,8 +29,7 @@ class Picard:
     damping: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.damping < 2:
-            raise ValueError(f"Picard damping must lie between 0 and 2; got {self.damping}")
+        check_option("Picard damping", self.damping, float, above=0, below=2)
 
     def init(self, v: Tensor) -> None:
         return None

@@ -53,5 +53,6 @@ def check_accelerator(name: str, accelerator: Any) -> None:
     if isinstance(accelerator, type) or not isinstance(accelerator, Accelerator):
         raise TypeError(
             f"{name} must be Anderson(...), Broyden(...), Picard(...) or an object with the "
-            f"methods init(v) and step(state, v, Fv); got {accelerator!r}."
+            f"methods init(v) and step(state, v, Fv); got {accelerator!r}. Pass one, or leave it "
+            "out for the default."
         )

@@ -23,6 +23,7 @@ from torch import Tensor
 from implicitopt.adjoint.envelope import Attached, FirstOrderValue, optimal_value, refuse
 from implicitopt.adjoint.krylov import gmres, minres
 from implicitopt.kkt import KKT, Point
+from implicitopt.options import check_callable, check_option
 from implicitopt.solution import AdjointReport, Status
 
 __all__ = ["AdjointWarning", "FrozenInput", "Implicit", "LinearOptions", "attach_root"]
@@ -41,14 +42,11 @@ class LinearOptions:
     precondition: Callable[[Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
-        if self.tol is not None and not 0 < self.tol < 1:
-            raise ValueError(f"adjoint tol must lie between 0 and 1; got {self.tol}")
-        if isinstance(self.max_steps, bool) or not isinstance(self.max_steps, int):
-            raise TypeError(f"adjoint max_steps must be an int; got {self.max_steps!r}")
-        if self.max_steps < 1:
-            raise ValueError(f"adjoint max_steps must be at least 1; got {self.max_steps}")
-        if self.precondition is not None and not callable(self.precondition):
-            raise TypeError(f"precondition must be callable; got {self.precondition!r}")
+        if self.tol is not None:
+            check_option("adjoint tol", self.tol, float, above=0, below=1)
+        check_option("adjoint max_steps", self.max_steps, int, least=1)
+        if self.precondition is not None:
+            check_callable("precondition", self.precondition, "precondition(v)")
 
     def tolerance(self, dtype: torch.dtype) -> float:
         """The tolerance asked for, or what the dtype can be expected to reach."""

@@ -89,7 +89,7 @@ def minres(
             f"reorthogonalize must be >= 0; got {reorthogonalize}. Pass None to choose from n."
         )
     apply = _in_dtype_of(matvec, b)
-    unit = None if precondition is None else _in_dtype_of(precondition, b)
+    unit = None if precondition is None else _in_dtype_of(_checked(precondition), b)
     keep = (
         (b.shape[1] if b.shape[1] <= SMALL else 0) if reorthogonalize is None else reorthogonalize
     )
@@ -138,7 +138,7 @@ def gmres(
     if restart is not None and restart < 1:
         raise ValueError(f"restart must be >= 1; got {restart}. Pass None to choose from n.")
     apply = _in_dtype_of(matvec, b)
-    unit = None if precondition is None else _in_dtype_of(precondition, b)
+    unit = None if precondition is None else _in_dtype_of(_checked(precondition), b)
     n = b.shape[1]
     length = min(restart or (n if n <= SMALL else 30), max_steps, n)
 
@@ -365,6 +365,20 @@ def _col(scalars: Tensor, like: Tensor) -> Tensor:
 def _divide(y: Tensor, scalars: Tensor, active: Tensor) -> Tensor:
     # Problems that have stopped go on as zeros, which no NaN of theirs survives.
     return torch.where(active[:, None], y / _col(scalars, y), 0.0)
+
+
+def _checked(precondition: Operator) -> Operator:
+    def apply(v: Tensor) -> Tensor:
+        found: object = precondition(v)
+        if not isinstance(found, Tensor) or found.shape != v.shape:
+            got = tuple(found.shape) if isinstance(found, Tensor) else repr(found)
+            raise TypeError(
+                f"precondition must return a tensor shaped like its argument, {tuple(v.shape)}; "
+                f"got {got}. Return an approximate inverse of H times each row."
+            )
+        return found
+
+    return apply
 
 
 def _in_dtype_of(operator: Operator, b: Tensor) -> Operator:

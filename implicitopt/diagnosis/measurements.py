@@ -25,7 +25,7 @@ class Directions:
     """Random matrices from a seed, without touching torch's global generators."""
 
     def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(int(seed))
 
     def like(self, rows: Tensor) -> Tensor:
         """Standard normal entries."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from implicitopt.inputs import check_option
 from implicitopt.kkt import KKT, Point, Sweep, choose, norm
+from implicitopt.options import check_option
 from implicitopt.solvers.joint import Joint, JointState
 from implicitopt.solvers.one_shot import OneShot, OneShotState
 
@@ -55,7 +55,8 @@ class Adaptive:
         ):
             if not isinstance(value, kind):
                 raise TypeError(
-                    f"Adaptive({name}=...) must be {kind.__name__}(...); got {value!r}."
+                    f"Adaptive {name} must be {kind.__name__}(...); got {value!r}. Pass one, or "
+                    "leave it out for the default."
                 )
         check_option("Adaptive patience", self.patience, int, least=1)
 

@@ -16,8 +16,8 @@ from implicitopt.accelerators.protocol import (
     Restartable,
     check_accelerator,
 )
-from implicitopt.inputs import check_option
 from implicitopt.kkt import KKT, Point, Sweep, norm, some
+from implicitopt.options import check_option
 
 __all__ = ["Joint", "StepSizes"]
 
@@ -52,10 +52,9 @@ class StepSizes:
 
     def __post_init__(self) -> None:
         for name, value in (("z", self.z), ("mu", self.mu)):
-            if not isinstance(value, (int, float)) or not 0 < value <= 1:
-                raise ValueError(f"StepSizes({name}=...) must lie in (0, 1]; got {value!r}")
-        if self.x is not None and not callable(self.x) and not self.x > 0:
-            raise ValueError(f"StepSizes(x=...) must be positive; got {self.x!r}")
+            check_option(f"StepSizes {name}", value, float, above=0, most=1)
+        if self.x is not None and not callable(self.x):
+            check_option("StepSizes x", self.x, float, above=0)
 
 
 @dataclass(frozen=True)
@@ -93,11 +92,12 @@ class Joint:
     def __post_init__(self) -> None:
         check_accelerator("Joint accelerator", self.accelerator)
         if not isinstance(self.steps, StepSizes):
-            raise TypeError(f"Joint(steps=...) must be StepSizes(...); got {self.steps!r}.")
+            raise TypeError(
+                f"Joint steps must be StepSizes(...); got {self.steps!r}. Pass StepSizes(x=0.2), "
+                "say, or leave it out for the default."
+            )
         if self.reach is not None:
-            check_option("Joint reach", self.reach, float)
-            if not self.reach > 0:
-                raise ValueError(f"Joint reach must be positive, or None; got {self.reach}")
+            check_option("Joint reach", self.reach, float, above=0)
 
     @property
     def initial_sweeps(self) -> int:
@@ -126,7 +126,7 @@ class Joint:
             mixed, state.inner = self.accelerator.step_from_residual(state.inner, v, r)
         else:
             mixed, state.inner = self.accelerator.step(state.inner, v, v + r)
-        moved = Point.split(self._within_reach(v, r, mixed, sweep.size), n)
+        moved = Point.split(self._within_reach(v, r, mixed, sweep.sizes.whole), n)
         if kkt.project is not None:  # mixing leaves C
             moved = moved._replace(x=kkt.constrain(moved.x))
         return moved, state
@@ -143,12 +143,12 @@ class Joint:
             off_x.copy_(kkt.constrain(point.x + off_x) - point.x)
         return r
 
-    def _within_reach(self, v: Tensor, r: Tensor, mixed: Tensor, size: Tensor) -> Tensor:
+    def _within_reach(self, v: Tensor, r: Tensor, mixed: Tensor, whole: Tensor) -> Tensor:
         """The accelerator's step, cut per problem where it is too long."""
         if self.reach is None and self.steps.x is not None:
             return mixed
         reach = REACH if self.reach is None else self.reach
-        longest = torch.maximum(reach * (1 + size), SHARE_OF_PLAIN * norm(r))
+        longest = torch.maximum(reach * whole, SHARE_OF_PLAIN * norm(r))
         length = norm(mixed - v)
         far = (length > longest) & torch.isfinite(length)
         if not some(far):

@@ -14,6 +14,7 @@ from implicitopt.accelerators.anderson import Anderson
 from implicitopt.accelerators.protocol import Accelerator, check_accelerator
 from implicitopt.fixed_point import picard_to_rest
 from implicitopt.kkt import KKT, Point, Sweep
+from implicitopt.options import check_option
 
 __all__ = ["Nested", "ProjectedGradient"]
 
@@ -38,8 +39,8 @@ class ProjectedGradient(torch.optim.Optimizer):
     """
 
     def __init__(self, params: Iterable[Tensor], lr: float, normalize: bool = True) -> None:
-        if not lr > 0:
-            raise ValueError(f"ProjectedGradient lr must be positive; got {lr}")
+        check_option("ProjectedGradient lr", lr, float, above=0)
+        check_option("ProjectedGradient normalize", normalize, bool)
         super().__init__(params, {"lr": lr, "normalize": normalize})
 
     @torch.no_grad()
@@ -93,16 +94,13 @@ class Nested:
         if not callable(self.optimizer):
             raise TypeError(
                 "Nested(optimizer=...) must make an optimizer from parameters, such as "
-                f"partial(torch.optim.Adam, lr=0.1); got {self.optimizer!r}."
+                f"partial(torch.optim.Adam, lr=0.1); got {self.optimizer!r}. Pass one, or leave "
+                "it out for Adam."
             )
         check_accelerator("Nested accelerator", self.accelerator)
-        if isinstance(self.inner_steps, bool) or not isinstance(self.inner_steps, int):
-            raise TypeError(f"Nested(inner_steps=...) must be an int; got {self.inner_steps!r}")
-        if self.inner_steps < 1 or not self.inner_tol >= 0:
-            raise ValueError(
-                "Nested needs inner_steps of at least 1 and inner_tol of at least 0; got "
-                f"{self.inner_steps} and {self.inner_tol}"
-            )
+        check_option("Nested inner_steps", self.inner_steps, int, least=1)
+        check_option("Nested inner_tol", self.inner_tol, float, least=0)
+        check_option("Nested warm", self.warm, bool)
 
     @property
     def initial_sweeps(self) -> int:
@@ -114,12 +112,13 @@ class Nested:
         optimizer = self.optimizer([parameter])
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(
-                f"Nested(optimizer=...) must return a torch.optim.Optimizer; got {optimizer!r}."
+                f"Nested(optimizer=...) must return a torch.optim.Optimizer; got {optimizer!r}. "
+                "Pass partial(torch.optim.Adam, lr=0.1), say."
             )
         if isinstance(optimizer, torch.optim.LBFGS) and len(start.x) > 1:
             raise ValueError(
-                f"LBFGS would couple the {len(start.x)} problems of the batch; solve one at a time "
-                "or use an elementwise optimizer such as Adam."
+                "LBFGS must have a single problem, since it would couple several; got "
+                f"{len(start.x)}. Solve one at a time or use an elementwise optimizer such as Adam."
             )
         state = NestedState(parameter, optimizer, start)
         return self._equilibrium(kkt, start, state), state

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from implicitopt.accelerators.anderson import Anderson, AndersonState
-from implicitopt.inputs import check_option
 from implicitopt.kkt import KKT, Point, Sweep, choose, norm
+from implicitopt.options import check_option
 from implicitopt.solvers.secants import Secants, clip, ratio
 
 __all__ = ["OneShot", "OneShotState"]
@@ -66,9 +66,7 @@ class OneShot:
     def __post_init__(self) -> None:
         check_option("OneShot memory", self.memory, int, least=1)
         check_option("OneShot inner_memory", self.inner_memory, int, least=1)
-        check_option("OneShot accuracy", self.accuracy, float)
-        if not 0 < self.accuracy < 1:
-            raise ValueError(f"OneShot accuracy must lie between 0 and 1; got {self.accuracy}")
+        check_option("OneShot accuracy", self.accuracy, float, above=0, below=1)
 
     @property
     def initial_sweeps(self) -> int:
