@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from implicitopt.kkt import KKT, Point, Residuals, Sizes, Sweep, choose, some
+from implicitopt.rows import put, take
 from implicitopt.select import Candidate, Kept, Rule
 from implicitopt.solution import History, Status
 
@@ -18,6 +20,8 @@ __all__ = ["Outcome", "Progress", "Solver", "iterate"]
 CHECK_EVERY = 5
 #: A problem is stalled when, for this many steps, neither residual nor loss improved notably.
 PATIENCE = 100
+#: Finished problems leave the batch when no more than this share of it is left.
+LEAVE = 0.5
 #: Returns to the best iterate, with a smaller step, before a non-finite problem is given up.
 RETRIES = 4
 
@@ -75,28 +79,110 @@ def iterate(
     callback: Callable[[Progress], object] | None = None,
     history: bool = False,
     sample_iterate: bool = False,
+    narrow: Callable[[Tensor], KKT] | None = None,
 ) -> Outcome:
-    """Run ``solver`` from ``start`` until every problem is finished or ``max_steps`` are made."""
+    """Run ``solver`` from ``start`` until every problem is finished or ``max_steps`` are made.
+
+    ``narrow`` gives the system of some of the problems, by their indices: then finished ones leave.
+    """
     point, state = solver.init(kkt, start)
     record = _Record(kkt, point, tol=tol, rule=rule, history=history, sample=sample_iterate)
     initial = solver.initial_sweeps
-    for step in range(initial + max_steps):
+    steps = range(initial + max_steps)
+    _run(kkt, solver, point, state, record, steps, callback, narrow)
+    return record.outcome(initial)
+
+
+def _run(
+    kkt: KKT,
+    solver: Solver,
+    point: Point,
+    state: Any,
+    record: _Record,
+    steps: range,
+    callback: Callable[[Progress], object] | None,
+    narrow: Callable[[Tensor], KKT] | None,
+) -> None:
+    """Make ``steps``, or fewer where all problems finish or the callback says to stop."""
+    for step in steps:
         sweep = kkt.sweep(point)
         lost = record.observe(step, point, sweep)
         if callback is not None:
-            shown = sweep.value * kkt.sign
-            stop = callback(Progress(step, shown, sweep.residuals, record.active))
-            if stop is True:
-                break
-        last = step + 1 == initial + max_steps
-        if last or ((step + 1) % CHECK_EVERY == 0 and not bool(record.active.any())):
-            break
+            shown = Progress(step, sweep.value * kkt.sign, sweep.residuals, record.active)
+            if callback(shown) is True:
+                return
+        remaining = len(point.x)
+        if (step + 1) % CHECK_EVERY == 0:
+            remaining = int(record.active.sum())
+        if remaining == 0 or step == steps[-1]:
+            return
         moved, state = solver.step(kkt, point, sweep, state)
         point = choose(record.active, moved, point).contiguous()
         if some(lost):
             state = solver.restart(state, lost)
             point = choose(lost, record.point, point)
-    return record.outcome(initial)
+        if narrow is not None and remaining <= LEAVE * len(point.x):
+            rows = record.active.nonzero()[:, 0]
+            rest, fewer = record.take(rows), narrow(rows)
+            _check_narrowed(fewer, take(point, rows), kkt, point, rows)
+            _run(
+                fewer,
+                solver,
+                take(point, rows),
+                solver.take(state, rows),  # type: ignore[attr-defined]
+                rest,
+                steps[step + 1 - steps[0] :],
+                callback and _widened(callback, shown, rows),
+                _narrower(narrow, rows),
+            )
+            record.put(rows, rest)
+            return
+
+
+def _narrower(narrow: Callable[[Tensor], KKT], rows: Tensor) -> Callable[[Tensor], KKT]:
+    """``narrow`` by indices among the problems ``rows``."""
+    return lambda among: narrow(rows[among])
+
+
+def _widened(
+    callback: Callable[[Progress], object], last: Progress, rows: Tensor
+) -> Callable[[Progress], object]:
+    """A callback that sees all problems, those that have left as they were."""
+
+    def widened(new: Progress) -> object:
+        everything = put(last._replace(active=torch.zeros_like(last.active)), rows, new)
+        return callback(everything._replace(step=new.step))
+
+    return widened
+
+
+def _check_narrowed(fewer: KKT, part: Point, kkt: KKT, point: Point, rows: Tensor) -> None:
+    """The functions that ``subset`` returned must be those of the problems asked for."""
+    pairs = (
+        ("f", fewer.state_map, kkt.state_map),
+        ("loss", fewer.objective, kkt.objective),
+    )
+    for name, few, whole in pairs:
+        expected = whole(point.z, point.x)[rows]
+        try:
+            found = few(part.z, part.x)
+        except Exception as error:
+            raise ValueError(
+                f"subset must return f and loss for the {len(rows)} problems asked for, but its "
+                f"{name} raised {type(error).__name__}: {error}. Index per-problem data with the "
+                "indices that subset is given."
+            ) from error
+        tolerance = torch.finfo(expected.dtype).eps ** 0.5
+        scale = 1 + torch.nan_to_num(expected.abs()).amax()
+        close = found.shape == expected.shape and bool(
+            (torch.nan_to_num(found - expected).abs() <= tolerance * scale).all()
+        )
+        if not close:
+            raise ValueError(
+                f"subset must return f and loss for the problems asked for; its {name} gave other "
+                f"numbers than {name} does for problems {rows.tolist()}. Index per-problem data "
+                "with the indices that subset is given."
+            )
 
 
 class _Record:
@@ -126,6 +212,29 @@ class _Record:
         self.since = full(0, torch.int64)
         self.history: list[tuple[Tensor, Residuals]] | None = [] if history else None
         self.drawn = (start.z, start.x) if sample else None
+
+    #: What there is of each problem, and changes.
+    PER_PROBLEM = (
+        "point", "start_size", "value", "residuals", "kept", "active", "status", "steps",
+        "failures", "mark", "mark_score", "since", "drawn",
+    )  # fmt: skip
+
+    def take(self, rows: Tensor) -> _Record:
+        """The record of the problems ``rows`` alone, from here on."""
+        part = copy.copy(self)
+        for name in self.PER_PROBLEM:
+            setattr(part, name, take(getattr(self, name), rows))
+        if self.history is not None:
+            part.history = []
+        return part
+
+    def put(self, rows: Tensor, part: _Record) -> None:
+        """Take back what has become of the problems ``rows``."""
+        for name in self.PER_PROBLEM:
+            setattr(self, name, put(getattr(self, name), rows, getattr(part, name)))
+        if self.history is not None and part.history is not None:
+            last = self.history[-1]
+            self.history += [put(last, rows, entry) for entry in part.history]
 
     def observe(self, step: int, point: Point, sweep: Sweep) -> Tensor:
         """Take in one sweep; returns the problems that became non-finite and may be retried."""

@@ -65,6 +65,7 @@ def solve(
     throw: bool = False,
     history: bool = False,
     sample_iterate: bool = False,
+    subset: Callable[[Tensor], tuple[Any, ...]] | None = None,
 ) -> Solution:
     """Minimize ``loss(z, x)`` over ``x`` subject to ``z = f(z, x)``.
 
@@ -100,6 +101,11 @@ def solve(
         throw: raise :class:`SolveError` if a problem did not converge.
         history: record the loss and residuals of every step.
         sample_iterate: also return one iterate drawn uniformly from each problem's trajectory.
+        subset: ``problems -> (f, loss)``, or ``(f, loss, project)`` where there is a ``project``:
+            the functions for some of the problems, given their indices, an int64 tensor ``(K,)``.
+            Finished problems then leave the batch whenever half of it has finished, so that a few
+            hard ones do not cost what the whole batch does; results equal those without it to
+            rounding. None: all stay, since f and loss may hold data of each problem.
 
     Returns:
         A :class:`Solution`; ``sol.value`` carries the envelope gradient.
@@ -134,6 +140,8 @@ def solve(
         callback,
         {"throw": throw, "history": history, "sample_iterate": sample_iterate},
     )
+    if subset is not None:
+        _check_subset(subset, solver)
     kkt, start, shape = _prepare(f, loss, x0, z0, project, maximize, warm_start)
     tol = default_tol(start.x.dtype) if tol is None else float(tol)
     with torch.no_grad():
@@ -147,6 +155,7 @@ def solve(
             callback=callback,
             history=history,
             sample_iterate=sample_iterate,
+            narrow=None if subset is None else _narrowing(kkt, start, shape, project, subset),
         )
     solution = _attach(kkt, outcome, adjoint, shape, tol)
     return solution.raise_if_failed() if throw else solution
@@ -195,6 +204,46 @@ def _check_options(
             "as Best(), or leave it out."
         )
     return cast(Rule, select)
+
+
+def _check_subset(subset: Any, solver: Any) -> None:
+    if not callable(subset):
+        raise TypeError(
+            f"subset must be callable as subset(problems) -> (f, loss); got {subset!r}. Pass such "
+            "a function, or leave it out."
+        )
+    if not hasattr(solver, "take"):
+        raise TypeError(
+            f"solver must have a method take(state, rows) for subset=..., as Adaptive(...), "
+            f"Joint(...) and OneShot(...) have; got {solver!r}. Use one of these, or leave subset "
+            "out."
+        )
+
+
+def _narrowing(
+    kkt: KKT, start: Point, shape: tuple[int, ...], project: Any, subset: Callable[[Tensor], Any]
+) -> Callable[[Tensor], KKT]:
+    """The system of some of the problems, by their indices."""
+    if not shape:
+        raise ValueError(
+            "subset must come with a batch of problems, a loss of shape (B,); got a loss of shape "
+            "(), one problem. Leave subset out."
+        )
+    expected = 2 if project is None else 3
+
+    def narrow(rows: Tensor) -> KKT:
+        found = subset(rows)
+        if not isinstance(found, tuple) or len(found) != expected or not all(map(callable, found)):
+            names = "(f, loss)" if project is None else "(f, loss, project)"
+            raise TypeError(
+                f"subset must return {names} for the problems asked for; got {found!r}. Return a "
+                "tuple of these functions."
+            )
+        some = kkt.x_layout.unflatten(start.x[rows])
+        constrain = check_projection(found[2], some, kkt.x_layout) if project is not None else None
+        return replace(kkt, f=found[0], loss=found[1], project=constrain)
+
+    return narrow
 
 
 def _prepare(

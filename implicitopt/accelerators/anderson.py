@@ -10,6 +10,7 @@ from torch import Tensor
 
 from implicitopt.kkt import norm, some
 from implicitopt.options import check_choice, check_option
+from implicitopt.rows import take
 
 __all__ = ["Anderson"]
 
@@ -86,6 +87,11 @@ class Anderson:
     def restart(self, state: AndersonState, mask: Tensor) -> AndersonState:
         state.forget(mask)
         return state
+
+    def take(self, state: AndersonState, rows: Tensor) -> AndersonState:
+        """The state of the problems ``rows`` alone."""
+        part: AndersonState = take(state, rows)
+        return part
 
     def _coefficients(self, state: AndersonState, rhs: Tensor) -> Tensor:
         """c, ``(B, m)``: zero for differences left out, and for a problem whose solve failed."""

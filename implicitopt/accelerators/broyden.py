@@ -10,6 +10,7 @@ from torch import Tensor
 
 from implicitopt.kkt import norm
 from implicitopt.options import check_choice, check_option
+from implicitopt.rows import take
 
 __all__ = ["Broyden"]
 
@@ -69,6 +70,11 @@ class Broyden:
         state.forget(mask)
         state.fresh = mask
         return state
+
+    def take(self, state: BroydenState, rows: Tensor) -> BroydenState:
+        """The state of the problems ``rows`` alone."""
+        part: BroydenState = take(state, rows)
+        return part
 
     def _update(self, state: BroydenState, s: Tensor, y: Tensor) -> None:
         at = state.pushed % self.memory

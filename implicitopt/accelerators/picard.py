@@ -39,3 +39,6 @@ class Picard:
 
     def restart(self, state: None, mask: Tensor) -> None:
         return None
+
+    def take(self, state: None, rows: Tensor) -> None:
+        return None

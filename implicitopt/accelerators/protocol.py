@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-__all__ = ["Accelerator", "FromResidual", "Restartable", "check_accelerator"]
+__all__ = ["Accelerator", "FromResidual", "Restartable", "check_accelerator", "take_rows"]
 
 
 @runtime_checkable
@@ -56,3 +56,14 @@ def check_accelerator(name: str, accelerator: Any) -> None:
             f"methods init(v) and step(state, v, Fv); got {accelerator!r}. Pass one, or leave it "
             "out for the default."
         )
+
+
+def take_rows(name: str, accelerator: Any, state: Any, rows: Tensor) -> Any:
+    """The accelerator's state of the problems ``rows`` alone, ``(K,)`` indices."""
+    if not hasattr(accelerator, "take"):
+        raise TypeError(
+            f"{name} must have a method take(state, rows) for subset=..., which lets finished "
+            f"problems leave the batch; got {accelerator!r}. Add one that indexes dim 0 of each "
+            "tensor of its state, or leave subset out."
+        )
+    return accelerator.take(state, rows)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from implicitopt.kkt import KKT, Point, Sweep, choose, norm
 from implicitopt.options import check_option
+from implicitopt.rows import take
 from implicitopt.solvers.joint import Joint, JointState
 from implicitopt.solvers.one_shot import OneShot, OneShotState
 
@@ -101,6 +103,16 @@ class Adaptive:
         if state.one_shot is not None:
             state.one_shot = self.one_shot.restart(state.one_shot, mask)
         return state
+
+    def take(self, state: AdaptiveState, rows: Tensor) -> AdaptiveState:
+        """The state of the problems ``rows`` alone."""
+        joint = self.joint.take(state.joint, rows)
+        other = state.one_shot
+        alone: Any = replace(state, joint=None, one_shot=None)  # type: ignore[arg-type]
+        part: AdaptiveState = take(alone, rows)
+        return replace(
+            part, joint=joint, one_shot=None if other is None else self.one_shot.take(other, rows)
+        )
 
 
 @dataclass

@@ -15,9 +15,11 @@ from implicitopt.accelerators.protocol import (
     FromResidual,
     Restartable,
     check_accelerator,
+    take_rows,
 )
 from implicitopt.kkt import KKT, Point, Sweep, norm, some
 from implicitopt.options import check_option
+from implicitopt.rows import take
 
 __all__ = ["Joint", "StepSizes"]
 
@@ -162,6 +164,12 @@ class Joint:
         if isinstance(self.accelerator, Restartable):
             state.inner = self.accelerator.restart(state.inner, mask)
         return state
+
+    def take(self, state: JointState, rows: Tensor) -> JointState:
+        """The state of the problems ``rows`` alone."""
+        inner = take_rows("Joint accelerator", self.accelerator, state.inner, rows)
+        shrink = take(state.shrink, rows)
+        return JointState(state.alpha[rows], inner, state.count, shrink)
 
 
 @dataclass

@@ -16,6 +16,7 @@ from torch import Tensor
 from implicitopt.accelerators.anderson import Anderson, AndersonState
 from implicitopt.kkt import KKT, Point, Sweep, choose, norm
 from implicitopt.options import check_option
+from implicitopt.rows import take
 from implicitopt.solvers.secants import Secants, clip, ratio
 
 __all__ = ["OneShot", "OneShotState"]
@@ -99,6 +100,11 @@ class OneShot:
         for history in (state.pairs, state.following):
             history.clear(mask)
         return state
+
+    def take(self, state: OneShotState, rows: Tensor) -> OneShotState:
+        """The state of the problems ``rows`` alone."""
+        part: OneShotState = take(state, rows)
+        return part
 
     def enter(self, state: OneShotState, mask: Tensor, at: Point) -> OneShotState:
         """Begin anew, for the problems in ``mask``, at the point ``at``."""

@@ -1,0 +1,84 @@
+"""What one hard problem costs a batch of 64, with and without ``solve(..., subset=...)``.
+
+An untrained MDEQ decoder's own images are easy targets; noise is one that no code comes near. The
+batch with it makes ten times the sweeps of the batch without, and its time over that one's is
+shown: CPU time on one thread, in turn, medians.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+import torch
+from tabulate import tabulate
+
+import implicitopt
+from benchmarks.decoders import _examples
+
+__all__ = ["measure", "table"]
+
+TOL = 1e-3
+
+
+def measure(*, quick: bool, bar: Callable[..., Any]) -> dict[str, float]:
+    """Sweeps of both batches, and the times' ratios."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _measure(8 if quick else 64, 1 if quick else 5, bar)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@torch.no_grad()
+def _measure(batch: int, repeats: int, bar: Callable[..., Any]) -> dict[str, float]:
+    torch.manual_seed(0)
+    decoder = _examples("mdeq").Decoder(32, (1, 16), (16, 32)).requires_grad_(False)
+    codes = 0.5 * torch.randn(batch, 32)
+    easy = decoder.image(
+        implicitopt.fixed_point(decoder.f, codes, decoder.start, max_steps=300, tol=1e-5)
+    )
+    hard = easy.clone()
+    hard[-1] = torch.rand_like(hard[-1])
+
+    def run(target: torch.Tensor, steps: int, leave: bool) -> Any:
+        def of(rows: torch.Tensor) -> tuple[Any, Any]:
+            goal, weight = target[rows], torch.full((len(rows),), 0.05)
+            weight[rows == batch - 1] = 1e-4 if target is hard else 0.05
+
+            def loss(z: Any, x: torch.Tensor) -> torch.Tensor:
+                return ((decoder.image(z) - goal) ** 2).sum((1, 2, 3)) + weight * (x**2).sum(1)
+
+            return decoder.f, loss
+
+        begin = time.process_time()
+        sol = implicitopt.solve(
+            *of(torch.arange(batch)), torch.zeros(batch, 32), decoder.start,
+            tol=TOL, max_steps=steps, subset=of if leave else None,
+        )  # fmt: skip
+        return sol, time.process_time() - begin
+
+    sweeps = int(run(easy, 300, False)[0].steps.max())
+    ratios: dict[str, list[float]] = {"all stay": [], "finished leave": []}
+    for _ in bar(range(repeats), desc="stragglers"):
+        base = run(easy, 10 * sweeps, False)[1]
+        for name, leave in (("all stay", False), ("finished leave", True)):
+            sol, seconds = run(hard, 10 * sweeps, leave)
+            ratios[name].append(seconds / base)
+    steps = sol.steps
+    return {
+        "batch": batch,
+        "sweeps without": sweeps,
+        "sweeps of the hard one": int(steps[-1]),
+        "sweeps of the others": int(steps[:-1].max()),
+        **{name: median(each) for name, each in ratios.items()},
+    }
+
+
+def table(found: dict[str, float]) -> str:
+    """One row."""
+    cells = [f"{value:.2f}" if isinstance(value, float) else value for value in found.values()]
+    return tabulate([cells], list(found), tablefmt="github", disable_numparse=True)
