@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections import Counter
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -164,3 +165,17 @@ class Solution:
             f"Solution({states}; {measured}, "
             f"steps {self.steps.max().item()}, sweeps {self.sweeps.vjp})"
         )
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the line above, and a row for each status that occurs."""
+        names = ("status", "problems", "mean loss", "worst z", "worst mu", "worst x", "most steps")
+        cells = ["".join(f"<th>{name}</th>" for name in names)]
+        for status in Status:
+            mask = self.status == status
+            if bool(mask.any()):
+                worst = (f"{block[mask].max():.1e}" for block in self.residuals)
+                mean, steps = self.value.detach()[mask].mean(), self.steps[mask].max()
+                row = (status.name, int(mask.sum()), f"{mean:.4g}", *worst, int(steps))
+                cells.append("".join(f"<td>{cell}</td>" for cell in row))
+        rows = "".join(f"<tr>{row}</tr>" for row in cells)
+        return f"<p><code>{html.escape(repr(self))}</code></p><table>{rows}</table>"
