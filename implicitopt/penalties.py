@@ -32,6 +32,9 @@ def jacobian_penalty(
         ``(B,)``, or ``()`` with ``batched=False``; divide by the size of a state for a number
         that does not depend on it.
 
+    Raises:
+        TypeError, ValueError: an argument is not as above.
+
     Source: JIIO eq. 27; Bai, Koltun, Kolter, "Stabilizing equilibrium models by Jacobian
     regularization", ICML 2021.
 
