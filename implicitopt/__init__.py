@@ -9,6 +9,7 @@ from implicitopt.check import Report, check
 from implicitopt.fixed_point import ConvergenceWarning, fixed_point
 from implicitopt.kkt import Residuals
 from implicitopt.penalties import jacobian_penalty
+from implicitopt.plot import plot
 from implicitopt.projections import Box, L2Ball, LinfBall, Simplex
 from implicitopt.select import Best, Last, PaperRule
 from implicitopt.solution import AdjointReport, Solution, SolveError, Status, WarmStart
@@ -52,5 +53,6 @@ __all__ = [
     "check",
     "fixed_point",
     "jacobian_penalty",
+    "plot",
     "solve",
 ]

@@ -48,10 +48,9 @@ def check(
     It takes some hundreds of evaluations of f, and raises nothing but a ``TypeError`` for a seed
     that is none: an exception of ``f``, ``loss`` or ``project`` is a finding.
 
-    >>> import torch
-    >>> from implicitopt.check import check
+    >>> import torch, implicitopt
     >>> f = lambda z, x: torch.tanh(0.5 * z + x.detach())  # x gets no gradient
-    >>> report = check(f, lambda z, x: (z**2).sum(-1), torch.ones(2, 3), quiet=True)
+    >>> report = implicitopt.check(f, lambda z, x: (z**2).sum(-1), torch.ones(2, 3), quiet=True)
     >>> report.ok, report.coupled
     (False, False)
     >>> print(report["derivatives of f"].detail)

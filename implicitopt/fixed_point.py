@@ -35,7 +35,16 @@ CHECK_EVERY = 5
 
 
 class ConvergenceWarning(UserWarning):
-    """A fixed point was not reached to its tolerance."""
+    """A fixed point was not reached to its tolerance.
+
+    >>> import torch, implicitopt, warnings
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("error", implicitopt.ConvergenceWarning)
+    ...     implicitopt.fixed_point(lambda z, x: 0.9 * z + x, torch.ones(1, 1), max_steps=1)
+    Traceback (most recent call last):
+        ...
+    implicitopt.fixed_point.ConvergenceWarning: 1 of 1 fixed points did not reach ...
+    """
 
 
 def picard_to_rest(
@@ -103,6 +112,9 @@ def fixed_point(
 
     Returns:
         z, shaped like z0: per problem the iterate with the smallest residual.
+
+    Raises:
+        TypeError, ValueError: an argument is not as above.
 
     Warns:
         ConvergenceWarning: a problem did not reach ``tol``.

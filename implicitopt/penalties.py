@@ -41,7 +41,7 @@ def jacobian_penalty(
         that does not depend on it.
 
     Raises:
-        ValueError, TypeError: z or what f returns is not as described above.
+        TypeError, ValueError: an argument, or what f returns, is not as above.
 
     Source: JIIO eq. 27; Bai, Koltun, Kolter, "Stabilizing equilibrium models by Jacobian
     regularization", ICML 2021.

@@ -38,7 +38,8 @@ class L2Ball:
     Raises:
         TypeError, ValueError: radius is not as above; on calling, center or x do not fit.
 
-    >>> L2Ball(1.0)(torch.tensor([[3.0, 4.0], [0.1, 0.2]]))
+    >>> import torch, implicitopt
+    >>> implicitopt.L2Ball(1.0)(torch.tensor([[3.0, 4.0], [0.1, 0.2]]))
     tensor([[0.6000, 0.8000],
             [0.1000, 0.2000]])
     """
@@ -76,7 +77,8 @@ class LinfBall:
     Raises:
         TypeError, ValueError: radius is not as above; on calling, center or x do not fit.
 
-    >>> LinfBall(1.0, center=1.0)(torch.tensor([[3.0, -4.0], [0.1, 0.2]]))
+    >>> import torch, implicitopt
+    >>> implicitopt.LinfBall(1.0, center=1.0)(torch.tensor([[3.0, -4.0], [0.1, 0.2]]))
     tensor([[2.0000, 0.0000],
             [0.1000, 0.2000]])
     """
@@ -106,7 +108,9 @@ class Box:
     Raises:
         TypeError, ValueError: not lower ≤ upper; on calling, the bounds or x do not fit.
 
-    >>> Box(0.0, torch.tensor([1.0, 2.0]))(torch.tensor([[3.0, 4.0], [-1.0, 0.2]]))
+    >>> import torch, implicitopt
+    >>> box = implicitopt.Box(0.0, torch.tensor([1.0, 2.0]))
+    >>> box(torch.tensor([[3.0, 4.0], [-1.0, 0.2]]))
     tensor([[1.0000, 2.0000],
             [0.0000, 0.2000]])
     """
@@ -151,7 +155,8 @@ class Simplex:
     Raises:
         TypeError, ValueError: total is not as above; on calling, total or x do not fit.
 
-    >>> Simplex()(torch.tensor([[0.5, 0.75, -1.0]]))
+    >>> import torch, implicitopt
+    >>> implicitopt.Simplex()(torch.tensor([[0.5, 0.75, -1.0]]))
     tensor([[0.3750, 0.6250, 0.0000]])
     """
 

@@ -44,7 +44,15 @@ Rule = Callable[[Candidate, Kept], Tensor]
 
 @dataclass(frozen=True)
 class Last:
-    """Keep the newest finite iterate."""
+    """Keep the newest finite iterate; ``select="last"``.
+
+    >>> import torch, implicitopt
+    >>> f, loss = lambda z, x: 0.5 * z + x, lambda z, x: ((z - 1) ** 2).sum(-1)
+    >>> rule = implicitopt.Last()
+    >>> sol = implicitopt.solve(f, loss, torch.zeros(2, 3), select=rule, max_steps=9)
+    >>> sol.value.shape
+    torch.Size([2])
+    """
 
     def __call__(self, new: Candidate, kept: Kept) -> Tensor:
         return torch.ones_like(new.value, dtype=torch.bool)
@@ -58,6 +66,19 @@ class Best:
     |μᵀ(f − z)| added. Until a state residual is small the smallest one is kept; among losses equal
     to rounding, the smallest KKT residual. Where μ is still 0 the slack says nothing, so ``small``
     must keep the first iterates out: at 0.1 many an adversarial attack came back unchanged.
+
+    Args:
+        small: of ‖f − z‖ / (1 + ‖(z, μ, x)‖), positive. ``select="best"`` is ``Best()``.
+
+    Raises:
+        ValueError: small is not positive.
+
+    >>> import torch, implicitopt
+    >>> f, loss = lambda z, x: 0.5 * z + x, lambda z, x: ((z - 1) ** 2).sum(-1)
+    >>> rule = implicitopt.Best(small=0.01)
+    >>> sol = implicitopt.solve(f, loss, torch.zeros(2, 3), select=rule, max_steps=9)
+    >>> sol.value.shape
+    torch.Size([2])
     """
 
     small: float = 0.03
@@ -81,6 +102,14 @@ class PaperRule:
 
     Keep an iterate if its relative residual is the best so far, or it is among the first ten, or
     its loss is below that of the last one kept while its residual is within 1.3 of the best.
+    ``select="paper"``.
+
+    >>> import torch, implicitopt
+    >>> f, loss = lambda z, x: 0.5 * z + x, lambda z, x: ((z - 1) ** 2).sum(-1)
+    >>> rule = implicitopt.PaperRule()
+    >>> sol = implicitopt.solve(f, loss, torch.zeros(2, 3), select=rule, max_steps=9)
+    >>> sol.value.shape
+    torch.Size([2])
     """
 
     def __call__(self, new: Candidate, kept: Kept) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
@@ -17,7 +18,20 @@ __all__ = ["AdjointReport", "History", "Solution", "SolveError", "Status", "Warm
 
 
 class Status(IntEnum):
-    """How one problem of a batch ended."""
+    """How one problem of a batch ended.
+
+    ``sol.status`` holds them as int64, which compare with the members.
+
+    >>> import torch, implicitopt
+    >>> from implicitopt import Status
+    >>> sol = implicitopt.solve(
+    ...     lambda z, x: 0.5 * z + x, lambda z, x: ((z - 1) ** 2).sum(-1), torch.zeros(2, 3)
+    ... )
+    >>> (sol.status == Status.CONVERGED).tolist()
+    [True, True]
+    >>> Status(sol.status[0].item()).advice
+    'the relative KKT residual is at most tol'
+    """
 
     CONVERGED = 0
     MAX_STEPS = 1
@@ -45,7 +59,16 @@ _ADVICE = {
 
 
 class SolveError(RuntimeError):
-    """Raised on request when problems did not converge; ``solution`` holds what was found."""
+    """Raised on request when problems did not converge; ``solution`` holds what was found.
+
+    >>> import torch, implicitopt
+    >>> f, loss = lambda z, x: 0.5 * z + x, lambda z, x: ((z - 1) ** 2).sum(-1)
+    >>> try:
+    ...     implicitopt.solve(f, loss, torch.zeros(2, 3), max_steps=2, throw=True)
+    ... except implicitopt.SolveError as error:
+    ...     print(error.solution.status.tolist(), error)
+    [1, 1] 2 of 2 problems did not reach the relative KKT residual tol=0.0001. ...
+    """
 
     def __init__(self, message: str, solution: Any) -> None:
         super().__init__(message)
@@ -57,6 +80,16 @@ class AdjointReport:
     """How the linear solves of the last backward pass through a solution went.
 
     Every field is ``None`` until ``.backward()`` has run.
+
+    >>> import torch, implicitopt
+    >>> target = torch.ones(2, 3, requires_grad=True)
+    >>> sol = implicitopt.solve(
+    ...     lambda z, x: 0.5 * z + x, lambda z, x: ((z - target) ** 2 + x**2).sum(-1),
+    ...     torch.zeros(2, 3), adjoint=implicitopt.Implicit(),
+    ... )
+    >>> sol.x.sum().backward()
+    >>> sol.adjoint.status.tolist(), bool((sol.adjoint.residual < 1e-4).all())
+    ([0, 0], True)
     """
 
     status: Tensor | None = None  #: `Status` per problem, ``(B,)``
@@ -108,6 +141,15 @@ class Solution:
     ``x``, ``z`` and ``mu`` are shaped as ``x0`` and ``z0``; per-problem fields are shaped as
     ``loss`` returns its value, ``(B,)`` or ``()``. Pickled, or copied by ``copy.deepcopy``, it has
     lost its gradient.
+
+    >>> import torch, implicitopt
+    >>> sol = implicitopt.solve(
+    ...     lambda z, x: 0.5 * z + x, lambda z, x: ((z - 1) ** 2).sum(-1), torch.zeros(2, 3)
+    ... )
+    >>> sol.x.shape, sol.value.shape, sol.residuals.total.max() <= sol.tol
+    (torch.Size([2, 3]), torch.Size([2]), tensor(True))
+    >>> sol
+    Solution(CONVERGED 2; value ..., KKT residual ... at worst, steps ..., sweeps ...)
     """
 
     x: Tree  #: the input found
@@ -119,9 +161,9 @@ class Solution:
     steps: Tensor  #: steps made while the problem was active
     sweeps: Work  #: evaluations of f, of its vjp and of the loss, each over the batch
     tol: float  #: the tolerance that was asked for
-    history: History | None = None
+    history: History | None = None  #: loss and residuals of every step, with ``history=True``
     iterate: tuple[Tree, Tree] | None = None  #: (z, x) drawn uniformly from the trajectory
-    adjoint: AdjointReport = field(default_factory=AdjointReport)
+    adjoint: AdjointReport = field(default_factory=AdjointReport)  #: on the last backward pass
 
     @property
     def converged(self) -> Tensor:
@@ -173,3 +215,17 @@ class Solution:
             f"Solution({states}; {measured}, "
             f"steps {self.steps.max().item()}, sweeps {self.sweeps.vjp})"
         )
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the line above, and a row for each status that occurs."""
+        names = ("status", "problems", "mean loss", "worst z", "worst mu", "worst x", "most steps")
+        cells = ["".join(f"<th>{name}</th>" for name in names)]
+        for status in Status:
+            mask = self.status == status
+            if bool(mask.any()):
+                worst = (f"{block[mask].max():.1e}" for block in self.residuals)
+                mean, steps = self.value.detach()[mask].mean(), self.steps[mask].max()
+                row = (status.name, int(mask.sum()), f"{mean:.4g}", *worst, int(steps))
+                cells.append("".join(f"<td>{cell}</td>" for cell in row))
+        rows = "".join(f"<tr>{row}</tr>" for row in cells)
+        return f"<p><code>{html.escape(repr(self))}</code></p><table>{rows}</table>"

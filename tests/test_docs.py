@@ -4,8 +4,11 @@ A file's blocks run in order in one namespace, so a later block may use what an 
 defined. A fence that says ``notest`` after ``python`` is left out.
 """
 
+import doctest
 import importlib
+import inspect
 import re
+from enum import IntEnum
 from pathlib import Path
 
 import matplotlib
@@ -64,3 +67,37 @@ def test_api_page_lists_every_public_name():
         assert hasattr(importlib.import_module(module), name), target
         if name in implicitopt.__all__:
             assert getattr(importlib.import_module(module), name) is getattr(implicitopt, name)
+
+
+@pytest.mark.parametrize("name", implicitopt.__all__)
+def test_every_public_name_has_an_example_that_stands_alone(name):
+    """Copied from the API page, without the module's own imports, it runs."""
+    public = getattr(implicitopt, name)
+    # A dataclass without a docstring of its own has its signature for one: no example in that.
+    example = doctest.DocTestParser().get_doctest(public.__doc__, {}, name, None, None)
+    assert example.examples, f"{name} has no example"
+    flags = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+    with torch.random.fork_rng(devices=[]):
+        failed, _ = doctest.DocTestRunner(optionflags=flags).run(example)
+    assert not failed
+
+
+CALLED = [  # Status(1) and errors are not made by users
+    name
+    for name in implicitopt.__all__
+    if not (
+        isinstance(public := getattr(implicitopt, name), type)
+        and issubclass(public, BaseException | IntEnum)
+    )
+]
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_every_argument_of_a_public_name_is_documented(name):
+    """Under Args, or by a comment beside the field."""
+    public = getattr(implicitopt, name)
+    source = inspect.getsource(public)
+    for argument in inspect.signature(public).parameters:
+        listed = re.search(rf"^\s+(\w+, )*{argument}(, \w+)*: ", public.__doc__, re.MULTILINE)
+        beside = re.search(rf"^\s+{argument}: .*#: ", source, re.MULTILINE)
+        assert listed or beside, f"{name} does not say what {argument} is"

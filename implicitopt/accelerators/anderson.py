@@ -42,6 +42,9 @@ class Anderson:
     plain step v + β r. Type I leaves out differences that are nearly combinations of newer ones:
     far from a solution these say more about how F has changed since than about F.
 
+    Raises:
+        TypeError, ValueError: an option is not as above.
+
     Source: Anderson 1965; Fang and Saad 2009 (types I and II); Zhang, O'Donoghue, Boyd 2020
     (safeguards of type I).
 

@@ -30,6 +30,9 @@ class Broyden:
 
     An update whose denominator is within 1e-8 of zero, or that is not finite, is left out.
 
+    Raises:
+        TypeError, ValueError: an option is not as above.
+
     Source: Broyden 1965; the limited-memory form of Bai, Koltun, Kolter 2019 (DEQ).
 
     >>> import torch, implicitopt

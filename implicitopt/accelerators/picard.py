@@ -18,6 +18,9 @@ class Picard:
     Args:
         damping: β in (0, 2).
 
+    Raises:
+        ValueError: damping is not as above.
+
     >>> import torch, implicitopt
     >>> z = implicitopt.fixed_point(
     ...     lambda z, x: 0.5 * z + x, torch.ones(1, 1), accelerator=implicitopt.Picard()

@@ -30,7 +30,22 @@ __all__ = ["AdjointWarning", "FrozenInput", "Implicit", "LinearOptions", "attach
 
 
 class AdjointWarning(UserWarning):
-    """The linear system of a backward pass was not solved to its tolerance."""
+    """The linear system of a backward pass was not solved to its tolerance.
+
+    The gradient is then inexact, by about the residual that ``sol.adjoint`` reports.
+
+    >>> import torch, implicitopt, warnings
+    >>> scale = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+    >>> sol = implicitopt.solve(
+    ...     lambda z, x: 0.5 * z + x, lambda z, x: (scale * (z - 1) ** 2 + x**2).sum(),
+    ...     torch.zeros(3), adjoint=implicitopt.Implicit(max_steps=1),
+    ... )
+    >>> with warnings.catch_warnings(record=True) as caught:
+    ...     warnings.simplefilter("always")
+    ...     sol.x.sum().backward()
+    >>> issubclass(caught[0].category, implicitopt.AdjointWarning)
+    True
+    """
 
 
 @dataclass(frozen=True)
@@ -68,6 +83,10 @@ class Implicit:
         max_steps: Krylov iterations at most.
         precondition: approximate inverse of H on a ``(B, 2n + d)`` matrix whose columns are
             ordered (z, μ, x); symmetric positive definite where there is no constraint.
+
+    Raises:
+        TypeError, ValueError: an option is not as above.
+        RuntimeError: on a third derivative.
 
     Source: JIIO section 3.2, eq. 16-17.
 
@@ -118,6 +137,9 @@ class FrozenInput:
         tol: relative residual of the linear solve with (I − ∂f/∂z)ᵀ. Default 1e-10 in float64,
             1e-5 in float32.
         max_steps: GMRES iterations at most.
+
+    Raises:
+        TypeError, ValueError: an option is not as above.
 
     Source: JIIO section 3.2.
 

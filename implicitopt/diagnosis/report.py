@@ -24,9 +24,19 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """What :func:`implicitopt.check` found; ``print(report)`` to read it."""
+    """What :func:`implicitopt.check` found; ``print(report)`` to read it.
 
-    findings: tuple[Finding, ...]
+    >>> import torch, implicitopt
+    >>> report = implicitopt.check(
+    ...     lambda z, x: 2 * z + x, lambda z, x: (z**2).sum(-1), torch.ones(2, 3), quiet=True
+    ... )
+    >>> report.ok, [finding.name for finding in report.findings if finding.ok is False]
+    (False, ['plain iteration', 'contraction'])
+    >>> report.contraction
+    tensor([2., 2.])
+    """
+
+    findings: tuple[Finding, ...]  #: in the order in which they were made
 
     def __getitem__(self, name: str) -> Finding:
         """The finding of that name."""

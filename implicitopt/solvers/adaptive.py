@@ -37,6 +37,9 @@ class Adaptive:
         joint, one_shot: the two solvers.
         patience: steps between looks; the first one comes after two of them.
 
+    Raises:
+        TypeError, ValueError: an option is not as above.
+
     >>> import torch, implicitopt
     >>> sol = implicitopt.solve(
     ...     lambda z, x: torch.tanh(0.5 * z + x), lambda z, x: ((z - 0.3) ** 2).sum(-1),

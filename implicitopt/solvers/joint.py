@@ -44,8 +44,17 @@ class StepSizes:
         x: α_x > 0, a number, or a schedule ``step -> α_x``. None: for each problem 1, or less
             where the first plain steps would be longer than 1 + ‖x‖.
 
-    >>> StepSizes(z=0.8, mu=0.6, x=lambda step: 0.6 if step < 30 else 0.2)  # doctest: +ELLIPSIS
-    StepSizes(z=0.8, mu=0.6, x=<function <lambda> at ...>)
+    Raises:
+        ValueError: a number is not as above.
+
+    >>> import torch, implicitopt
+    >>> steps = implicitopt.StepSizes(z=0.8, mu=0.6, x=lambda step: 0.6 if step < 30 else 0.2)
+    >>> sol = implicitopt.solve(
+    ...     lambda z, x: torch.tanh(0.5 * z + x), lambda z, x: ((z - 0.3) ** 2).sum(-1),
+    ...     torch.zeros(2, 3), solver=implicitopt.Joint(steps=steps),
+    ... )
+    >>> sol.converged.tolist()
+    [True, True]
     """
 
     z: float = 1.0
@@ -75,6 +84,9 @@ class Joint:
     With a constraint x is projected in the iteration and again after the accelerator's mixing,
     which would leave C. A problem that becomes non-finite goes back to its best iterate with a
     quarter of its step size and no history.
+
+    Raises:
+        TypeError, ValueError: an option is not as above.
 
     Source: JIIO, algorithm 1 and eq. 9-11.
 

@@ -27,6 +27,9 @@ class ProjectedGradient(torch.optim.Optimizer):
         lr: step length, in units of x.
         normalize: divide each problem's gradient by its norm; False: plain gradient descent.
 
+    Raises:
+        ValueError: lr is not positive.
+
     >>> from functools import partial
     >>> import torch, implicitopt
     >>> sol = implicitopt.solve(
@@ -71,6 +74,10 @@ class Nested:
         warm: start each solve from the last one's solution; False: from the start of the run.
 
     ``max_steps`` and ``Solution.steps`` count updates of x.
+
+    Raises:
+        TypeError, ValueError: an option is not as above; in ``solve``, ``optimizer`` makes no
+            optimizer, or an LBFGS for more than one problem.
 
     >>> from functools import partial
     >>> import torch, implicitopt

@@ -44,7 +44,10 @@ class OneShot:
     Args:
         memory: quasi-Newton pairs, and steps for the prediction.
         inner_memory: of the acceleration at fixed x.
-        accuracy: relative accuracy of ∇ₓL at which x moves.
+        accuracy: relative accuracy of ∇ₓL at which x moves, between 0 and 1.
+
+    Raises:
+        TypeError, ValueError: an option is not as above.
 
     Descends, so it is the safe choice far from a solution; near one ``Joint`` needs fewer sweeps.
 
