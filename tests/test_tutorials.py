@@ -1,0 +1,87 @@
+"""The tutorials run, and what each shows is so: with the data of IMPLICITOPT_DATA, and without.
+
+The docs build runs them too, for their pages; here their results are looked at.
+"""
+
+from __future__ import annotations
+
+import re
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("sklearn")
+matplotlib = pytest.importorskip("matplotlib")
+matplotlib.use("Agg")
+import matplotlib.pyplot  # noqa: E402
+
+FOLDER = Path(__file__).resolve().parent.parent / "tutorials"
+SCRIPTS = sorted(FOLDER.glob("*.py"))
+CLAIMS: dict[str, Callable[[dict[str, Any]], None]] = {}
+
+
+def claims(name: str) -> Callable:
+    """Register what must hold after the tutorial of that name, given its variables."""
+
+    def register(check: Callable[[dict[str, Any]], None]) -> Callable:
+        CLAIMS[name] = check
+        return check
+
+    return register
+
+
+@claims("1_invert_a_generator")
+def the_generator_is_inverted(found: dict[str, Any]) -> None:
+    psnr, held_out, average = found["psnr"], found["held_out"], found["average"]
+    assert psnr(found["reconstructed"], held_out) > psnr(average, held_out) + 3
+    hidden, inpainted = found["hidden"], found["inpainted"]
+    assert psnr(inpainted, held_out, hidden) > psnr(average, held_out, hidden)
+    assert psnr(inpainted, held_out, 1 - hidden) > psnr(average, held_out, 1 - hidden) + 3
+
+
+@claims("4_hyperparameters")
+def the_hypergradients_are_those_of_the_closed_forms(found: dict[str, Any]) -> None:
+    for name in ("weights_apart", "gradients_apart"):
+        assert found[name] < 1e-6
+        assert found[f"{name}_logistic"] < 1e-6
+    assert min(found["tuned"]) < found["on_grid"].min()
+    assert min(found["errors"]) < 0.7 * found["errors"][0]
+
+
+@claims("6_accelerator")
+def the_accelerator_saves_half_of_the_calls(found: dict[str, Any]) -> None:
+    counts, solutions = found["counts"], found["solutions"]
+    assert counts["Barzilai–Borwein"] < 0.6 * counts["Picard"]
+    for name in ("Broyden", "Anderson"):
+        assert solutions[name].converged.all()
+    for name in ("Picard", "Barzilai–Borwein"):
+        assert not solutions[name].converged.any()
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_each_is_a_page_that_ends_with_what_to_try_next(script):
+    text = script.read_text(encoding="utf-8")
+    assert re.match(r'"""\n# \S', text)
+    assert re.findall(r"^# ## (.+)$", text, re.MULTILINE)[-1] == "What to try next"
+    assert "plt.show()" in text
+    assert script.stem in CLAIMS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("data", ["with data", "without"])
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_its_claims_hold(script, data, monkeypatch, request):
+    reads = "IMPLICITOPT_DATA" in script.read_text(encoding="utf-8")
+    if data == "with data" and reads:
+        request.getfixturevalue("data_folder")
+    elif data == "with data":
+        pytest.skip("it reads no files: one run is enough")
+    monkeypatch.setattr(matplotlib.pyplot, "show", lambda: matplotlib.pyplot.close("all"))
+    if data == "without":
+        monkeypatch.delenv("IMPLICITOPT_DATA", raising=False)
+    with torch.random.fork_rng(devices=[]):
+        CLAIMS[script.stem](runpy.run_path(str(script), run_name="__main__"))
