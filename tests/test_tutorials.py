@@ -43,6 +43,22 @@ def the_generator_is_inverted(found: dict[str, Any]) -> None:
     assert psnr(inpainted, held_out, 1 - hidden) > psnr(average, held_out, 1 - hidden) + 3
 
 
+@claims("2_adversarial_training")
+def robust_training_withstands_the_referee(found: dict[str, Any]) -> None:
+    (plain_clean, *_, plain), (clean, _, referee, _) = (
+        found["table"][name] for name in ("plain", "robust")
+    )
+    assert plain_clean > 0.85
+    assert clean > plain_clean - 0.08
+    assert referee > plain + 0.2
+
+
+@claims("3_meta_learning")
+def tasks_of_new_alphabets_are_learned(found: dict[str, Any]) -> None:
+    assert found["after"] > found["before"] + 0.1
+    assert found["after"] > 0.6
+
+
 @claims("4_hyperparameters")
 def the_hypergradients_are_those_of_the_closed_forms(found: dict[str, Any]) -> None:
     for name in ("weights_apart", "gradients_apart"):
@@ -50,6 +66,16 @@ def the_hypergradients_are_those_of_the_closed_forms(found: dict[str, Any]) -> N
         assert found[f"{name}_logistic"] < 1e-6
     assert min(found["tuned"]) < found["on_grid"].min()
     assert min(found["errors"]) < 0.7 * found["errors"][0]
+
+
+@claims("5_your_own_model")
+def a_plain_module_is_fit(found: dict[str, Any]) -> None:
+    assert found["losses"][-1] < 0.4 * found["losses"][0]
+    assert found["apart"] < 1e-2
+    assert found["ddp_apart"] < 1e-6
+    full = found["precisions"]["float32"].value.mean()
+    for sol in found["precisions"].values():
+        assert abs(sol.value.float().mean() - full) < 0.05 * full
 
 
 @claims("6_accelerator")
@@ -60,6 +86,19 @@ def the_accelerator_saves_half_of_the_calls(found: dict[str, Any]) -> None:
         assert solutions[name].converged.all()
     for name in ("Picard", "Barzilai–Borwein"):
         assert not solutions[name].converged.any()
+
+
+@claims("7_inverse_problems")
+def implicit_is_the_finite_difference_and_learns_the_decay(found: dict[str, Any]) -> None:
+    slopes, psnr, shown = found["slopes"], found["psnr"], found["shown"]
+    assert abs(slopes["Implicit"] - slopes["finite differences"]) < 1e-6
+    assert abs(slopes["FrozenInput"] - slopes["finite differences"]) > 1e-3
+    decay = {name: p["log_decay"].item() for name, (p, _) in found["trained"].items()}
+    assert decay["FrozenInput"] == 0
+    assert decay["Implicit"] > 0.1
+    for name in decay:
+        assert psnr(shown[name]) > psnr(shown["average"]) + 0.5
+    assert abs(psnr(shown["Implicit"]) - psnr(shown["FrozenInput"])) < 0.5
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)

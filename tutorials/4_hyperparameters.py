@@ -148,7 +148,7 @@ left.plot(grid, on_grid, label="one λ")
 left.axhline(min(tuned), color="C1", ls="--", label="a λ for each feature")
 left.set(xlabel="log λ", ylabel="validation error")
 left.legend()
-right.bar(table.feature_names, log_decay.detach())
+right.bar(table.feature_names, log_decay.detach().numpy())
 right.set(ylabel="log λ")
 plt.show()
 
@@ -211,7 +211,7 @@ reference = LogisticRegression(
     max_iter=10_000,
 ).fit(A[inner].numpy(), sign[inner].numpy())
 w = torch.tensor(reference.coef_[0])
-hessian = torch.func.hessian(training)(w, log_decay.detach())
+hessian = torch.func.hessian(training)(w, log_decay.detach().numpy())
 mixed = torch.diag(log_decay.detach().exp() * w)  # ∂²training/∂w∂log λ
 slope = torch.func.grad(held_out)(w)
 exact = -mixed @ torch.linalg.solve(hessian, slope)
