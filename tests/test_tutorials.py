@@ -101,6 +101,15 @@ def implicit_is_the_finite_difference_and_learns_the_decay(found: dict[str, Any]
     assert abs(psnr(shown["Implicit"]) - psnr(shown["FrozenInput"])) < 0.5
 
 
+@claims("8_coming_from")
+def the_peers_agree_and_the_joint_solve_calls_the_layer_less(found: dict[str, Any]) -> None:
+    assert all(apart < 1e-6 for apart in found["apart"].values())
+    assert len(found["apart"]) >= sum(found["present"].values())
+    calls, value = found["nested"][-1]
+    assert found["joint"].value.mean() < 1.001 * value
+    assert found["joint"].sweeps.f < calls / 10
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 def test_each_is_a_page_that_ends_with_what_to_try_next(script):
     text = script.read_text(encoding="utf-8")
