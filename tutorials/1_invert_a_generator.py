@@ -210,5 +210,4 @@ show({f"{i} → {i + 1}": draw((1 - share) * sol.x[i] + share * sol.x[i + 1]) fo
 # - Start where the last solve ended, with `warm_start=sol`, after a small change of the target.
 # - A convolutional, multiscale generator of digits is `examples/quickstart.py`; of faces,
 #   `examples/generative.py`.
-# - Train the generator *for* inpainting, with the clean image as the outer loss: see
-#   [gradients](../gradients.md).
+# - Train the generator *for* inpainting: see [supervised inverse problems](7_inverse_problems.md).

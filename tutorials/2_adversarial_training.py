@@ -52,8 +52,8 @@ else:
     labels = torch.tensor(data.target)
 pixels, width = images.shape[1], 100
 side = round(pixels**0.5)
-train, test = slice(0, -300), slice(-300, None)
-print(f"{len(images[train])} images of {side}×{side} pixels to train on, 300 to test on")
+train, test = slice(0, -200), slice(-200, None)
+print(f"{len(images[train])} images of {side}×{side} pixels to train on, 200 to test on")
 
 
 class Model(nn.Module):
@@ -149,7 +149,7 @@ def pgd(model, image, label, radius, steps=10):
     f = model.layer()
     for _ in range(steps):
         delta.requires_grad_()
-        z = implicitopt.fixed_point(f, image + delta, model.start)
+        z = implicitopt.fixed_point(f, image + delta, model.start, tol=1e-3)
         loss = cross_entropy(model.head(z), label, reduction="sum")
         (slope,) = torch.autograd.grad(loss, delta)
         length = slope.norm(dim=1, keepdim=True).clamp(min=1e-12)

@@ -211,7 +211,7 @@ reference = LogisticRegression(
     max_iter=10_000,
 ).fit(A[inner].numpy(), sign[inner].numpy())
 w = torch.tensor(reference.coef_[0])
-hessian = torch.func.hessian(training)(w, log_decay.detach().numpy())
+hessian = torch.func.hessian(training)(w, log_decay.detach())
 mixed = torch.diag(log_decay.detach().exp() * w)  # ∂²training/∂w∂log λ
 slope = torch.func.grad(held_out)(w)
 exact = -mixed @ torch.linalg.solve(hessian, slope)
