@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 import runpy
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot  # noqa: E402
 
 FOLDER = Path(__file__).resolve().parent.parent / "tutorials"
+CONFIG = FOLDER.parent / "mkdocs.yml"
 SCRIPTS = sorted(FOLDER.glob("*.py"))
 CLAIMS: dict[str, Callable[[dict[str, Any]], None]] = {}
 
@@ -117,6 +120,29 @@ def test_each_is_a_page_that_ends_with_what_to_try_next(script):
     assert re.findall(r"^# ## (.+)$", text, re.MULTILINE)[-1] == "What to try next"
     assert "plt.show()" in text
     assert script.stem in CLAIMS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", ["print(1 + 1)", "print(1 / 0)"])
+def test_code_that_fails_fails_the_build(code, tmp_path):
+    pytest.importorskip("mkdocs_gallery")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "index.md").write_text("# Home\n", encoding="utf-8")
+    (tmp_path / "tutorials").mkdir()
+    (tmp_path / "tutorials" / "README.md").write_text("# Tutorials\n", encoding="utf-8")
+    (tmp_path / "tutorials" / "1_one.py").write_text(f'"""\n# One\n\nText.\n"""\n\n{code}\n')
+    options = re.search(
+        r"^  - gallery:.*\n(?:      .*\n)+", CONFIG.read_text("utf-8"), re.MULTILINE
+    )
+    (tmp_path / "mkdocs.yml").write_text(
+        f"site_name: one\ntheme: material\nnav:\n  - index.md\n  - Tutorials: tutorials\n"
+        f"plugins:\n{options[0]}",
+        encoding="utf-8",
+    )
+    command = [sys.executable, "-m", "mkdocs", "build"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode == 0) == ("0" not in code), done.stderr
+    assert ("ZeroDivisionError" in done.stderr) == ("0" in code)
 
 
 @pytest.mark.slow
