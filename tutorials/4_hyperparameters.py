@@ -153,8 +153,9 @@ right.set(ylabel="log λ")
 plt.show()
 
 # %%
-# A large λ drops its feature. Ten numbers fitted to the validation folds can overfit these in turn:
-# to report the error of the tuned model, keep a test set that neither loop sees.
+# A large λ holds the weight of its feature down. Ten numbers fitted to the validation folds can
+# overfit these in turn: to report the error of the tuned model, keep a test set that neither loop
+# sees.
 
 # %%
 # ## Logistic regression

@@ -186,9 +186,9 @@ plt.legend()
 plt.show()
 
 # %%
-# The biased gradient trains about as good a restorer here: the weights make up for what it does
-# not see. What it cannot do is to learn λ, which stayed where it began, at 1. Which gradient a
-# task needs is a matter of measuring, as above.
+# In these few steps the biased gradient trains at least as good a restorer: the weights make up for
+# what it does not see. What it cannot do is to learn λ, which stayed where it began, at 1. Which
+# gradient a task needs is a matter of measuring, as here.
 
 count = 10
 seen = torch.where(visible > 0, given, torch.nan)
@@ -205,10 +205,10 @@ plt.show()
 # %%
 # ## When it is hard
 #
-# The linear system is as ill-conditioned as the inner problem. With a small λ some directions of
-# the code are hardly determined, and so is their derivative. `sol.adjoint` says after each
-# backward pass how the system went, and a system that failed warns. A larger λ helps; so does a
-# tighter inner solve.
+# The linear system is as ill-conditioned as the inner problem: where the code is hardly
+# determined, neither is its derivative. `sol.adjoint` says after each backward pass how the system
+# went, and one that failed warns. A larger λ helps, and so does a tighter inner solve. For the
+# untrained weights λ makes little difference to the steps:
 
 for decay in (1.0, 0.01):
     p = dict(parameters(), log_decay=torch.tensor(decay).double().log())

@@ -217,12 +217,12 @@ print(f"loop of Adam: loss {nested[-1][1]:.4f} after {nested[-1][0]} calls of th
 print(f"solve:        loss {joint.value.mean():.4f} after {joint.sweeps.f} calls")
 
 plt.figure(figsize=(6, 3), layout="constrained")
-plt.loglog(*np.array(nested).T, label="a loop of Adam around the equilibrium")
+plt.loglog(*np.array(nested).T, label="loop of Adam")
 curve = joint.history.value.mean(dim=1)
-plt.loglog(np.arange(1, len(curve) + 1), curve.numpy(), label="implicitopt.solve")
+plt.loglog(np.arange(1, len(curve) + 1), curve.numpy(), label="solve")
 plt.xlabel("calls of the layer")
 plt.ylabel("loss, mean of 32 problems")
-plt.legend()
+plt.legend(loc="lower left")
 plt.show()
 
 # %%
