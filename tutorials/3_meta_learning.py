@@ -218,7 +218,8 @@ plt.show()
 # %%
 # ## How a task is learned
 #
-# `history=True` records the loss of every sweep, one column a task.
+# `history=True` records the loss of every sweep, one column a task. Where a curve wanders, what the
+# solve returns is its best iterate, and not the last.
 
 support, labels, _, _ = tasks(test, 16)
 with torch.no_grad():
