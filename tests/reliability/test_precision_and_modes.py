@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -207,13 +208,10 @@ def test_the_remedy_works(function):
         torch.testing.assert_close(jacobian[:, k], difference, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("function", [optimum, equilibrium, penalty])
-def test_inference_mode_is_refused_or_harmless(function):
-    theta = torch.ones(N, dtype=torch.float64)
-    if function is penalty:
-        pytest.skip("a penalty is there to be differentiated")
+@pytest.mark.parametrize("function", [optimum, equilibrium])
+def test_inference_mode_is_refused(function):
     with torch.inference_mode(), pytest.raises(RuntimeError, match=r"torch\.no_grad\(\) instead"):
-        function(theta)
+        function(torch.ones(N, dtype=torch.float64))
 
 
 # Threads and repetitions
@@ -281,9 +279,10 @@ COPIES = [copy.copy, copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thin
 @pytest.mark.parametrize("duplicate", COPIES, ids=["copy", "deepcopy", "pickle"])
 @pytest.mark.parametrize("thing", OPTIONS, ids=lambda t: type(t).__name__)
 def test_options_can_be_copied(thing, duplicate):
-    assert repr(duplicate(thing)) == repr(thing).replace(repr(id(thing)), "") or "object at" in (
-        repr(thing)
-    )
+    def told(option):
+        return re.sub(r" at 0x[0-9a-f]+", "", repr(option))
+
+    assert told(duplicate(thing)) == told(thing)
     assert type(duplicate(thing)) is type(thing)
 
 
