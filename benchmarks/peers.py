@@ -24,9 +24,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
-
 from benchmarks import bilevel, equilibria
+from benchmarks.accuracy import relative_error
 from benchmarks.clock import interleaved
 
 __all__ = ["PEERS", "measure", "table"]
@@ -43,11 +42,6 @@ def importable(name: str) -> bool:
     except Exception:  # a wheel built for another torch may raise anything
         return False
     return True
-
-
-def error(found: torch.Tensor, known: torch.Tensor) -> float:
-    """Relative, in the 2-norm."""
-    return ((found - known).norm() / known.norm()).item()
 
 
 def quietly(call: Callable[[], Any]) -> Callable[[], Any]:
@@ -81,8 +75,8 @@ def measure_equilibria(*, present: set[str], repeats: int, bar: Callable[..., An
                 "to_tol": counter.reached,
                 "in_all": counter.calls,
                 "residual": off.max().item(),
-                "state_error": error(found.z, z),
-                "gradient_error": error(found.grad, grad),
+                "state_error": relative_error(found.z, z),
+                "gradient_error": relative_error(found.grad, grad),
             }
         for name, seconds in interleaved(calls, repeats=repeats).items():
             rows[name]["seconds"] = seconds
@@ -111,7 +105,7 @@ def measure_hypergradients(*, present: set[str], repeats: int, bar: Callable[...
                     "evaluations": len(ticks),
                     "products": found.products,
                     "residual": bilevel.stationarity(problem, found.w),
-                    "gradient_error": error(found.grad, known),
+                    "gradient_error": relative_error(found.grad, known),
                 }
             except Exception as raised:  # a peer's failure is a result
                 rows[name] = {"failed": type(raised).__name__}
