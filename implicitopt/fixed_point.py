@@ -24,13 +24,14 @@ from implicitopt.inputs import (
     same_kind,
     tensors,
 )
-from implicitopt.kkt import norm
+from implicitopt.kkt import at_hand, norm
 from implicitopt.options import check_callable, check_option
 from implicitopt.solution import AdjointReport
 from implicitopt.tree import Layout, Tree
 
 __all__ = ["ConvergenceWarning", "fixed_point", "picard_to_rest"]
 
+#: Steps between looks at whether all problems are done, where a look waits for the device.
 CHECK_EVERY = 5
 
 
@@ -64,6 +65,7 @@ def picard_to_rest(
     lowest = torch.full_like(norm(v), float("inf"))
     steps = torch.zeros_like(lowest, dtype=torch.int64)
     active = torch.ones_like(lowest, dtype=torch.bool)
+    every = 1 if at_hand(active) else CHECK_EVERY
     for step in range(max_steps):
         image = map_(v)
         residual = norm(image - v) / (1 + norm(v))
@@ -73,7 +75,7 @@ def picard_to_rest(
         steps = steps + active
         active = active & (lowest > tol) & torch.isfinite(residual)
         last = step + 1 == max_steps
-        if last or ((step + 1) % CHECK_EVERY == 0 and not bool(active.any())):
+        if last or ((step + 1) % every == 0 and not bool(active.any())):
             break
         moved, state = accelerator.step(state, v, image)
         v = torch.where(active[:, None], moved, v)

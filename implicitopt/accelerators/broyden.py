@@ -25,7 +25,8 @@ class Broyden:
 
     Args:
         kind: "good" or "bad".
-        memory: rank-one terms kept; a problem whose memory is full starts over from H = I.
+        memory: rank-one terms kept; a problem whose memory is full starts over from H = I. None:
+            100 for up to 600 unknowns, fewer for more, at least 30.
         damping: β in (0, 1], scales the step.
 
     An update whose denominator is within 1e-8 of zero, or that is not finite, is left out.
@@ -44,18 +45,21 @@ class Broyden:
     """
 
     kind: Literal["good", "bad"] = "good"
-    memory: int = 30
+    memory: int | None = None
     damping: float = 1.0
 
     def __post_init__(self) -> None:
         check_choice("Broyden kind", self.kind, ("good", "bad"))
-        check_option("Broyden memory", self.memory, int, least=1)
+        if self.memory is not None:
+            check_option("Broyden memory", self.memory, int, least=1)
         check_option("Broyden damping", self.damping, float, above=0, most=1)
 
     def init(self, v: Tensor) -> BroydenState:
         rows, n = v.shape
-        use = torch.zeros(rows, self.memory, dtype=torch.bool, device=v.device)
-        U, W = v.new_zeros(rows, self.memory, n), v.new_zeros(rows, self.memory, n)
+        # A start from H = I throws away what is known: on affine maps up to 2n terms are of use.
+        memory = self.memory or min(100, max(30, 60_000 // max(1, n)))
+        use = torch.zeros(rows, memory, dtype=torch.bool, device=v.device)
+        U, W = v.new_zeros(rows, memory, n), v.new_zeros(rows, memory, n)
         return BroydenState(U, W, use)
 
     def step(self, state: BroydenState, v: Tensor, Fv: Tensor) -> tuple[Tensor, BroydenState]:
@@ -80,7 +84,7 @@ class Broyden:
         return part
 
     def _update(self, state: BroydenState, s: Tensor, y: Tensor) -> None:
-        at = state.pushed % self.memory
+        at = state.pushed % state.U.shape[1]
         if at == 0 and state.pushed:
             state.forget(torch.ones_like(s[:, 0], dtype=torch.bool))
         Hy = state.apply(y)

@@ -1,0 +1,27 @@
+"""Times that can be compared: several calls measured in turn, in one run."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+__all__ = ["interleaved"]
+
+
+def interleaved(calls: Mapping[str, Callable[[], object]], *, repeats: int) -> dict[str, float]:
+    """Median seconds of each call: one unmeasured round, then ``repeats`` rounds of all of them.
+
+    Each round begins with another call, so that a machine that slows down favours none.
+    """
+    names = list(calls)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for name in names:
+        calls[name]()
+    for at in range(repeats):
+        first = at % len(names)
+        for name in names[first:] + names[:first]:
+            start = time.perf_counter()
+            calls[name]()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
