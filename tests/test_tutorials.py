@@ -21,8 +21,8 @@ matplotlib = pytest.importorskip("matplotlib")
 matplotlib.use("Agg")
 import matplotlib.pyplot  # noqa: E402
 
-FOLDER = Path(__file__).resolve().parent.parent / "tutorials"
-CONFIG = FOLDER.parent / "mkdocs.yml"
+FOLDER = Path(__file__).resolve().parent.parent / "examples" / "tutorials"
+CONFIG = FOLDER.parent.parent / "mkdocs.yml"
 SCRIPTS = sorted(FOLDER.glob("*.py"))
 CLAIMS: dict[str, Callable[[dict[str, Any]], None]] = {}
 
