@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from implicitopt.accelerators.anderson import Anderson, AndersonState
-from implicitopt.kkt import KKT, Point, Sweep, choose, norm
+from implicitopt.kkt import KKT, Point, Sweep, choose, norm, some
 from implicitopt.options import check_option
 from implicitopt.rows import take
 from implicitopt.solvers.secants import Secants, clip, ratio
@@ -86,13 +86,14 @@ class OneShot:
         state.measure(kkt, point, sweep)
         keep, reject = state.judge(point)
         decided = keep | reject
-        state.learn(decided, point, sweep)
-        state.recenter(keep, reject, point, sweep, self.accuracy)
-        refined = self._refine(point, sweep, state)
-        stepped = state.trial(kkt)
+        moved = self._refine(point, sweep, state)
+        if some(decided):
+            state.learn(decided, point, sweep)
+            state.recenter(keep, reject, point, sweep, self.accuracy)
+            moved = choose(decided, state.trial(kkt), moved)
         state.decided = decided
         state.sweeps = torch.where(decided, torch.zeros_like(state.sweeps), state.sweeps + 1)
-        return choose(decided, stepped, refined), state
+        return moved, state
 
     def restart(self, state: OneShotState, mask: Tensor) -> OneShotState:
         """Start over, for the problems in ``mask``, with a quarter of the radius."""
