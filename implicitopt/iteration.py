@@ -9,14 +9,14 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from implicitopt.kkt import KKT, Point, Residuals, Sizes, Sweep, choose, some
+from implicitopt.kkt import KKT, Point, Residuals, Sizes, Sweep, at_hand, choose, some
 from implicitopt.rows import put, take
 from implicitopt.select import Candidate, Kept, Rule
 from implicitopt.solution import History, Status
 
 __all__ = ["Outcome", "Progress", "Solver", "iterate"]
 
-#: Steps between looks at whether every problem has finished: each look waits for the device.
+#: Steps between looks at whether every problem has finished, where a look waits for the device.
 CHECK_EVERY = 5
 #: A problem is stalled when, for this many steps, neither residual nor loss improved notably.
 PATIENCE = 100
@@ -112,7 +112,7 @@ def _run(
             if callback(shown) is True:
                 return
         remaining = len(point.x)
-        if (step + 1) % CHECK_EVERY == 0:
+        if at_hand(record.active) or (step + 1) % CHECK_EVERY == 0:
             remaining = int(record.active.sum())
         if remaining == 0 or step == steps[-1]:
             return
@@ -275,7 +275,9 @@ class _Record:
         total = residuals.total
         state = residuals.z * sizes.whole <= self.tol * sizes.state
         rounding = torch.finfo(self.value.dtype).eps
-        near = (total + rounding) * sizes.whole <= self.tol**0.5 * self.start_size
+        # With a tol of 0 an exact solution is one too, but not where rounding alone made it so.
+        within = max(self.tol, rounding) ** 0.5
+        near = (total + rounding) * sizes.whole <= within * self.start_size
         settled: Tensor = (total <= self.tol) & state & near
         return settled
 

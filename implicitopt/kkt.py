@@ -195,7 +195,7 @@ class KKT:
             stationarity = x - self.constrain(x - grad)
         sizes = self.sizes(point)
         residuals = Residuals(*(norm(b) / sizes.whole for b in (off, adjoint_off, stationarity)))
-        coupling = (point.mu[:, None] @ off[..., None])[:, 0, 0]
+        coupling = (point.mu * off).sum(dim=1)  # not a product of matrices: autocast would round it
         return Sweep(f, mu, grad, value, r, coupling, sizes, residuals)
 
     def linearize(self, z: Tensor, x: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:

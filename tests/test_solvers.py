@@ -555,7 +555,8 @@ class Syncs(TorchDispatchMode):
 @pytest.mark.parametrize("name", ["joint", "joint II", "one-shot", "adaptive"])
 def test_only_every_fifth_step_waits_for_a_gpu(name, monkeypatch):
     problem = quadratic()
-    monkeypatch.setattr("implicitopt.kkt.at_hand", lambda mask: False)  # as on a GPU
+    for module in ("kkt", "iteration"):  # as on a GPU
+        monkeypatch.setattr(f"implicitopt.{module}.at_hand", lambda mask: False)
 
     def count(max_steps: int) -> int:
         with Syncs() as syncs, torch.no_grad():
@@ -578,7 +579,8 @@ def test_what_is_skipped_on_the_cpu_changes_no_bit(name, monkeypatch):
         return solve(problem.f, problem.loss, *problem.start(), solver=SIMULTANEOUS[name])
 
     skipping = run()
-    monkeypatch.setattr("implicitopt.kkt.at_hand", lambda mask: False)
+    for module in ("kkt", "iteration"):
+        monkeypatch.setattr(f"implicitopt.{module}.at_hand", lambda mask: False)
     for block in ("x", "z", "mu", "value", "steps"):
         assert torch.equal(getattr(skipping, block), getattr(run(), block))
 
