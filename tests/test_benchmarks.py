@@ -88,6 +88,7 @@ def quadratic_setting(tol: float | None) -> Setting:
     return Setting(arguments, tol)
 
 
+@pytest.mark.slow
 def test_each_solver_is_measured_on_a_residual_and_on_a_loss(monkeypatch):
     monkeypatch.setattr(profile, "BUDGETS", [5, 20, 60])
     made = {"residual": lambda: quadratic_setting(1e-3), "loss": lambda: quadratic_setting(None)}
@@ -100,6 +101,7 @@ def test_each_solver_is_measured_on_a_residual_and_on_a_loss(monkeypatch):
     assert min(work) > max(found["loss"]["default"]["sweeps"])
 
 
+@pytest.mark.slow
 def test_nested_adam_is_met_with_fewer_evaluations():
     made = {"decoder": lambda: quadratic_setting(None)}
     found = adam.measure(made, quick=True, bar=quiet)["decoder"]

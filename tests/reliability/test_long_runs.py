@@ -77,11 +77,6 @@ linux = pytest.mark.skipif(not STATM.exists(), reason="/proc tells the memory in
 
 
 @linux
-def test_memory_is_flat_over_some_solves():
-    assert growth_of_a_process(400, 200) <= 0.02
-
-
-@linux
 @pytest.mark.slow
 def test_memory_is_flat_over_ten_thousand_solves():
     assert growth_of_a_process(10_000, 1000) <= 0.02

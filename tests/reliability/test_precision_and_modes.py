@@ -232,6 +232,7 @@ def everything(seed):
     return torch.cat([part.detach().reshape(-1) for part in parts])
 
 
+@pytest.mark.slow
 def test_eight_threads_give_what_one_gives():
     seeds = range(16)
     serial = [everything(seed) for seed in seeds]
@@ -241,6 +242,7 @@ def test_eight_threads_give_what_one_gives():
         assert torch.equal(one, other)
 
 
+@pytest.mark.slow
 def test_a_call_repeated_is_the_same_to_the_bit():
     for seed in range(8):
         assert torch.equal(everything(seed), everything(seed))

@@ -87,6 +87,7 @@ def test_a_multiplier_that_grows_hides_no_state_off_its_equilibrium():
     assert not sol.converged.any()
 
 
+@pytest.mark.slow
 def test_an_input_that_runs_away_hides_no_gradient():
     # −z is unbounded: at x = 1e6 its slope of 2 was "small", at 1e22 lost in x − (x − g).
     for dtype in (torch.float64, torch.float32):
