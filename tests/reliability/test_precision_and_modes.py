@@ -132,7 +132,7 @@ def test_a_compiled_f_gives_the_same(adjoint):
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch's compiler needs g++")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch's own
 def test_an_f_compiled_to_machine_code_gives_the_same():
     cell = Cell()
     sol, compiled = (
