@@ -1,9 +1,8 @@
-"""What a solver's step costs over a bare sweep, in time and in memory.
+"""What a solver's step costs over a bare sweep.
 
 A bare sweep is f, its transposed product, and the loss with its gradient: ``KKT.sweep`` without
 its norms. Solves of as many steps are timed in turn with as many bare sweeps, CPU time on one
-thread, and the medians of the ratios are shown. Memory is the peak of what the CPU allocator
-gave out during a run, over that of one bare sweep, in units of the vector v = (z, μ, x).
+thread, and the medians of the ratios are shown.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from typing import Any
 
 import torch
 from tabulate import tabulate
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.families import linear_quadratic, tanh
 from implicitopt import Adaptive, Anderson, Joint, OneShot
@@ -59,39 +57,6 @@ def problems(quick: bool) -> dict[str, Callable[[], tuple[Any, ...]]]:
         "linear, n 40, B 32": partial(linear_quadratic, 40, 12, 0.9),
     }
     return dict(list(made.items())[::3]) if quick else made
-
-
-class Peak(TorchDispatchMode):
-    """The most bytes that tensors made within it held at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive: dict[int, int] = {}
-        self.now = self.most = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
-                self._count(tensor.untyped_storage())
-        return out
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        import weakref
-
-        key = storage._cdata
-        if key in self.alive:
-            return
-        size = storage.nbytes()
-        self.alive[key] = size
-        self.now += size
-        self.most = max(self.most, self.now)
-        weakref.finalize(storage, self._free, key)
-
-    def _free(self, key: int) -> None:
-        self.now -= self.alive.pop(key, 0)
 
 
 def bare(kkt: Any, point: Any) -> None:
