@@ -22,7 +22,7 @@ from implicitopt.iteration import iterate
 from implicitopt.select import Best
 from implicitopt.solve import _prepare
 
-__all__ = ["Peak", "mdeq", "measure", "table"]
+__all__ = ["mdeq", "measure", "table"]
 
 SOLVERS: dict[str, Callable[[], Any]] = {
     "default": Adaptive,
