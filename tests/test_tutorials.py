@@ -128,9 +128,10 @@ def test_code_that_fails_fails_the_build(code, tmp_path):
     pytest.importorskip("mkdocs_gallery")
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs" / "index.md").write_text("# Home\n", encoding="utf-8")
-    (tmp_path / "tutorials").mkdir()
-    (tmp_path / "tutorials" / "README.md").write_text("# Tutorials\n", encoding="utf-8")
-    (tmp_path / "tutorials" / "1_one.py").write_text(f'"""\n# One\n\nText.\n"""\n\n{code}\n')
+    scripts = tmp_path / "examples" / "tutorials"
+    scripts.mkdir(parents=True)
+    (scripts / "README.md").write_text("# Tutorials\n", encoding="utf-8")
+    (scripts / "1_one.py").write_text(f'"""\n# One\n\nText.\n"""\n\n{code}\n')
     options = re.search(
         r"^  - gallery:.*\n(?:      .*\n)+", CONFIG.read_text("utf-8"), re.MULTILINE
     )
