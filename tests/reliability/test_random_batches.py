@@ -121,7 +121,7 @@ def test_a_thousand_random_batches(part):
 
 def test_problems_of_a_poisoned_batch_are_those_solved_alone():
     compared = sum(check_alone(seed) for seed in range(5))
-    assert compared >= 8
+    assert compared >= 4
 
 
 @pytest.mark.slow
