@@ -9,18 +9,17 @@ iteration is to meet the loss that the default has after ``MARK_SWEEPS`` sweeps,
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from statistics import median
 from typing import Any
 
 import torch
 from tabulate import tabulate
 
 import implicitopt
+from benchmarks.clock import interleaved
 from benchmarks.paper import paper
 from benchmarks.problems import Setting
 from benchmarks.profile import losses
@@ -64,16 +63,14 @@ def reach(setting: Setting, solver: Any, mark: float, most: int) -> Run | None:
     return None
 
 
-@torch.no_grad()
 def seconds(setting: Setting, runs: dict[str, Run], repeats: int) -> dict[str, float]:
     """Medians, the contestants in turn."""
-    took: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(repeats):
-        for name, each in runs.items():
-            begin = time.perf_counter()
-            implicitopt.solve(*setting.arguments, solver=each.solver, max_steps=each.steps, tol=0)
-            took[name].append(time.perf_counter() - begin)
-    return {name: median(each) for name, each in took.items()}
+
+    @torch.no_grad()
+    def again(each: Run) -> None:
+        implicitopt.solve(*setting.arguments, solver=each.solver, max_steps=each.steps, tol=0)
+
+    return interleaved({name: partial(again, each) for name, each in runs.items()}, repeats=repeats)
 
 
 def measure(

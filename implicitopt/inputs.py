@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from implicitopt.projections import Box, L2Ball, LinfBall, Simplex
+from implicitopt.projections import DTYPES, Box, L2Ball, LinfBall, Simplex
 from implicitopt.tree import Layout, Tree, leaves
 
 __all__ = [
@@ -31,8 +31,6 @@ __all__ = [
     "tensors",
 ]
 
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
 
 def tensors(name: str, tree: Tree) -> list[Tensor]:
     """The leaves of ``tree``: floating-point tensors of one dtype on one device, not all empty."""
@@ -49,7 +47,7 @@ def tensors(name: str, tree: Tree) -> list[Tensor]:
                 f"{type(leaf).__name__}. Wrap numbers and arrays with torch.as_tensor(...); let f "
                 f"and loss close over anything else."
             )
-        if leaf.dtype not in _DTYPES:
+        if leaf.dtype not in DTYPES:
             raise TypeError(
                 f"{name} must be floating point (float64, float32, bfloat16 or float16), since it "
                 f"is differentiated; got {leaf.dtype}. Convert it with .to(torch.float32)."

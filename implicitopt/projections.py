@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 PyTree = Any
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+#: What is computed with.
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,7 +188,7 @@ class _Layout:
     def __init__(self, x: PyTree, batched: bool) -> None:
         leaves, self.spec = pytree.tree_flatten(x)
         for leaf in leaves:
-            if not isinstance(leaf, Tensor) or leaf.dtype not in _DTYPES:
+            if not isinstance(leaf, Tensor) or leaf.dtype not in DTYPES:
                 found = f"a {leaf.dtype} tensor" if isinstance(leaf, Tensor) else repr(leaf)
                 raise TypeError(f"x must hold floating-point tensors; got {found}. Convert it.")
             if leaf.layout != torch.strided:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 __all__ = ["put", "take"]
 
+State = TypeVar("State")
 
-def take(tree: Any, rows: Tensor) -> Any:
+
+def take(state: State, rows: Tensor) -> State:
     """The problems ``rows``, ``(K,)`` indices, of all tensors in a state, ``(B, …)`` each.
 
     A state is any nesting of tuples, lists and dataclasses; whatever else it holds stays.
@@ -19,17 +21,17 @@ def take(tree: Any, rows: Tensor) -> Any:
     >>> take((torch.arange(4), None, 7), torch.tensor([0, 2]))
     (tensor([0, 2]), None, 7)
     """
+    tree: Any = state
     if isinstance(tree, Tensor):
-        return tree[rows]
-    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        tree = tree[rows]
+    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         names = [field.name for field in dataclasses.fields(tree)]
-        return dataclasses.replace(
-            tree, **{name: take(getattr(tree, name), rows) for name in names}
-        )
-    if isinstance(tree, tuple | list):
+        parts = {name: take(getattr(tree, name), rows) for name in names}
+        tree = dataclasses.replace(tree, **parts)
+    elif isinstance(tree, tuple | list):
         found = [take(part, rows) for part in tree]
-        return type(tree)(*found) if hasattr(tree, "_fields") else type(tree)(found)
-    return tree
+        tree = type(tree)(*found) if hasattr(tree, "_fields") else type(tree)(found)
+    return tree  # type: ignore[no-any-return]
 
 
 def put(tree: Any, rows: Tensor, part: Any) -> Any:

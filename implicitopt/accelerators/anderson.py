@@ -93,8 +93,7 @@ class Anderson:
 
     def take(self, state: AndersonState, rows: Tensor) -> AndersonState:
         """The state of the problems ``rows`` alone."""
-        part: AndersonState = take(state, rows)
-        return part
+        return take(state, rows)
 
     def _coefficients(self, state: AndersonState, rhs: Tensor) -> Tensor:
         """c, ``(B, m)``: zero for differences left out, and for a problem whose solve failed."""

@@ -80,8 +80,7 @@ class Broyden:
 
     def take(self, state: BroydenState, rows: Tensor) -> BroydenState:
         """The state of the problems ``rows`` alone."""
-        part: BroydenState = take(state, rows)
-        return part
+        return take(state, rows)
 
     def _update(self, state: BroydenState, s: Tensor, y: Tensor) -> None:
         at = state.pushed % state.U.shape[1]

@@ -107,8 +107,7 @@ class OneShot:
 
     def take(self, state: OneShotState, rows: Tensor) -> OneShotState:
         """The state of the problems ``rows`` alone."""
-        part: OneShotState = take(state, rows)
-        return part
+        return take(state, rows)
 
     def enter(self, state: OneShotState, mask: Tensor, at: Point) -> OneShotState:
         """Begin anew, for the problems in ``mask``, at the point ``at``."""
