@@ -25,7 +25,7 @@ __all__ = ["decoders", "digits"]
 
 def digits(folder: Path, *, steps: int, bar: Callable[..., Any]) -> tuple[Any, ...]:
     """The quickstart's decoder: the arguments of ``solve`` for held-out digits."""
-    quickstart = _examples("quickstart")
+    quickstart = examples_module("quickstart")
     torch.manual_seed(0)
     images, held_out = quickstart.digits(0)
     model, path = quickstart.Decoder(LATENT), folder / f"digits-{steps}.pt"
@@ -40,8 +40,8 @@ def digits(folder: Path, *, steps: int, bar: Callable[..., Any]) -> tuple[Any, .
 
 def trained(folder: Path, images: torch.Tensor) -> tuple[Any, ...]:
     """The decoder in a folder of ``examples/generative.py``, for images ``(N, C, H, W)``."""
-    generators = _examples("generators")
-    _, model = _examples("generators.architecture").load(folder, "decoder-jiio")
+    generators = examples_module("generators")
+    _, model = examples_module("generators.architecture").load(folder, "decoder-jiio")
     loss = generators.matching(model, images, FACES_DECAY)
     return _frozen(model), loss, torch.zeros(len(images), model.latent), model.start
 
@@ -57,7 +57,7 @@ def decoders(
     """Each decoder by name, made when called."""
     found = {"decoder of digits": partial(digits, folder, steps=40 if quick else 170, bar=bar)}
     if generator is not None and faces is not None:
-        images = _examples("data").faces(faces, False, 64, IMAGES, quiet=True).pixels / 255
+        images = examples_module("data").faces(faces, False, 64, IMAGES, quiet=True).pixels / 255
         found["decoder of faces"] = partial(trained, generator, images)
     return found
 
@@ -67,7 +67,7 @@ def _frozen(model: nn.Module) -> Any:
     return model.f
 
 
-def _examples(name: str) -> Any:
+def examples_module(name: str) -> Any:
     """A module of the examples, which are scripts and not a package."""
     if str(EXAMPLES) not in sys.path:
         sys.path.insert(0, str(EXAMPLES))

@@ -34,10 +34,10 @@ SOLVERS: dict[str, Callable[[], Any]] = {
 
 def mdeq(batch: int, side: int, channels: tuple[int, ...] = (16, 32)) -> tuple[Any, ...]:
     """An untrained MDEQ decoder: the arguments of ``solve`` for random images."""
-    from benchmarks.decoders import _examples
+    from benchmarks.decoders import examples_module
 
     torch.manual_seed(0)
-    decoder = _examples("mdeq").Decoder(64, (1, side), channels).requires_grad_(False)
+    decoder = examples_module("mdeq").Decoder(64, (1, side), channels).requires_grad_(False)
     target = torch.rand(batch, 1, side, side)
 
     def loss(z: Any, x: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ import torch
 from tabulate import tabulate
 
 import implicitopt
-from benchmarks.decoders import _examples
+from benchmarks.decoders import examples_module
 
 __all__ = ["measure", "table"]
 
@@ -36,7 +36,7 @@ def measure(*, quick: bool, bar: Callable[..., Any]) -> dict[str, float]:
 @torch.no_grad()
 def _measure(batch: int, repeats: int, bar: Callable[..., Any]) -> dict[str, float]:
     torch.manual_seed(0)
-    decoder = _examples("mdeq").Decoder(32, (1, 16), (16, 32)).requires_grad_(False)
+    decoder = examples_module("mdeq").Decoder(32, (1, 16), (16, 32)).requires_grad_(False)
     codes = 0.5 * torch.randn(batch, 32)
     easy = decoder.image(
         implicitopt.fixed_point(decoder.f, codes, decoder.start, max_steps=300, tol=1e-5)
