@@ -78,12 +78,12 @@ class Anderson:
     def step_from_residual(
         self, state: AndersonState, v: Tensor, r: Tensor
     ) -> tuple[Tensor, AndersonState]:
-        state.push(v, r)
+        state.push(v, r, self.damping)
         plain = torch.add(v, r, alpha=self.damping)
         if not state.filled:
             return plain, state
-        rhs = state.update_gram(r.to(state.ring.dtype))
-        mixed = plain - state.combine(self._coefficients(state, rhs), self.damping).to(plain.dtype)
+        rhs = state.update_gram(self.damping)
+        mixed = state.mix(plain, self._coefficients(state, rhs))
         bad = ~torch.isfinite(norm(mixed))
         return torch.where(bad[:, None], plain, mixed) if some(bad) else mixed, state
 
@@ -118,12 +118,17 @@ class Anderson:
 
 @dataclass
 class AndersonState:
-    """Ring buffers of the last differences, and their Gram matrices, updated a row a step."""
+    """Ring buffers of the last differences, and their Gram matrices, updated a row a step.
+
+    What is kept of a difference is t = s (type I) or y (type II), which residuals are projected
+    on, and u = s + β y, which steps are made of: each is read once a step, and no more is read.
+    """
 
     kind: str
-    ring: Tensor  # (B, m, 2, n) differences of v and of r
-    gram: Tensor  # (B, m, m) float64, ⟨t_i, y_j⟩ with t = s (type I) or y (type II)
+    ring: Tensor  # (B, m, 2, n) t_i and u_i
+    gram: Tensor  # (B, m, m) float64, ⟨t_i, y_j⟩
     gram_s: Tensor  # (B, m, m) float64, ⟨s_i, s_j⟩ (type I)
+    in_r: Tensor  # (B, m) float64, ⟨t_i, r⟩ with the last r (type I)
     length: Tensor  # (B, m) float64, ‖t_i‖
     use: Tensor  # (B, m) which differences count
     last: tuple[Tensor, Tensor] | None = None
@@ -141,6 +146,7 @@ class AndersonState:
             ring=v.new_empty(rows, memory, 2, n, dtype=wide),
             gram=square,
             gram_s=square.clone(),
+            in_r=square[:, 0].clone(),
             length=square[:, 0].clone(),
             use=torch.zeros(rows, memory, dtype=torch.bool, device=v.device),
         )
@@ -153,54 +159,55 @@ class AndersonState:
     def newest(self) -> int:
         return (self.pushed - 1) % self.ring.shape[1]
 
-    @property
-    def S(self) -> Tensor:
-        """The differences of v so far, ``(B, k, n)``, in the ring's order."""
-        return self.ring[:, : self.filled, 0]
-
-    @property
-    def Y(self) -> Tensor:
-        """The differences of r so far, ``(B, k, n)``."""
-        return self.ring[:, : self.filled, 1]
-
-    def push(self, v: Tensor, r: Tensor) -> None:
+    def push(self, v: Tensor, r: Tensor, damping: float) -> None:
         """Take in the newest iterate and residual."""
         v, r = v.to(self.ring.dtype), r.to(self.ring.dtype)
         if self.last is not None:
             self.pushed += 1
-            s, y = self.ring[:, self.newest].unbind(1)
-            torch.sub(v, self.last[0], out=s)
-            torch.sub(r, self.last[1], out=y)
-            lengths = norm(s), norm(y)
-            void = ~(torch.isfinite(lengths[0]) & torch.isfinite(lengths[1]))
+            t, u = self.ring[:, self.newest].unbind(1)
+            if self.kind == "I":
+                torch.sub(v, self.last[0], out=t)
+                torch.add(t, r - self.last[1], alpha=damping, out=u)
+            else:
+                torch.sub(r, self.last[1], out=t)
+                torch.add(v - self.last[0], t, alpha=damping, out=u)
+            length = norm(t)
+            void = ~(torch.isfinite(length) & torch.isfinite(norm(u)))
             if self.fresh is not None:
                 void = void | self.fresh
                 self.fresh = None
             if some(void):
-                s.masked_fill_(void[:, None], 0.0)
-                y.masked_fill_(void[:, None], 0.0)
-            length = lengths[0 if self.kind == "I" else 1]
+                t.masked_fill_(void[:, None], 0.0)
+                u.masked_fill_(void[:, None], 0.0)
             self.length[:, self.newest] = torch.where(void, 0.0, length)
+            if self.kind == "I":
+                old = (t * self.last[1]).sum(dim=1)
+                self.in_r[:, self.newest] = torch.where(void, 0.0, old)
             self.use[:, self.newest] = ~void
         self.last = (v, r)
 
-    def update_gram(self, r: Tensor) -> Tensor:
+    def update_gram(self, damping: float) -> Tensor:
         """The Gram matrices' row and column of the newest difference; returns ⟨t_i, r⟩."""
-        k, at = self.filled, self.newest
-        both = self.ring[:, at]  # (s, y)
+        assert self.last is not None
+        k, at, r = self.filled, self.newest, self.last[1]
+        T, U = self.ring[:, :k].unbind(2)
+        t = self.ring[:, at, 0]
+        in_t, in_r = _products(T, torch.stack((t, r), dim=1)).unbind(1)
         if self.kind == "II":
-            self.gram[:, :k, at] = self.gram[:, at, :k] = _products(self.Y, both[:, 1:])[:, 0]
-            return _products(self.Y, r[:, None])[:, 0]
-        in_s, in_y = _products(self.S, both).unbind(1)
-        self.gram_s[:, :k, at] = self.gram_s[:, at, :k] = in_s
-        self.gram[:, :k, at] = in_y
-        self.gram[:, at, :k] = _products(self.Y, both[:, :1])[:, 0]
-        return _products(self.S, r[:, None])[:, 0]
+            self.gram[:, :k, at] = self.gram[:, at, :k] = in_t
+        else:
+            self.gram_s[:, :k, at] = self.gram_s[:, at, :k] = in_t
+            self.gram[:, at, :k] = (_products(U, t[:, None])[:, 0] - in_t) / damping
+            # y is the difference of two r, of which all products are known.
+            self.gram[:, :k, at] = in_r - self.in_r[:, :k]
+            self.in_r[:, :k] = in_r
+        return in_r
 
-    def combine(self, c: Tensor, damping: float) -> Tensor:
-        """(S + damping Y) c, ``(B, n)``."""
-        weights = torch.stack((c, damping * c), dim=2).to(self.ring.dtype)
-        return (weights.flatten(1)[:, None] @ self.ring[:, : self.filled].flatten(1, 2))[:, 0]
+    def mix(self, plain: Tensor, c: Tensor) -> Tensor:
+        """plain − Σ c_i u_i, ``(B, n)``."""
+        u = self.ring[:, : self.filled, 1]
+        step = torch.baddbmm(plain[:, None].to(u.dtype), c[:, None].to(u.dtype), u, alpha=-1)
+        return step[:, 0].to(plain.dtype)
 
     def independent(self, use: Tensor) -> Tensor:
         """Which of the differences in ``use`` are not, nearly, combinations of newer ones."""
