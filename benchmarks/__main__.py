@@ -2,8 +2,8 @@
 
 Parts: profile (sweeps and seconds to a target, over all problems), adam (against nested Adam and
 the paper's iteration on trained decoders), overhead (a step over a bare sweep), stragglers (a
-batch with one hard problem), gradients, peers, gpu. Prints each table and writes
-results.json and profile.png to --out.
+batch with one hard problem), warm (what warm starts save), gradients, peers, gpu. Prints each
+table and writes results.json and profile.png to --out.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from benchmarks.decoders import decoders
 from benchmarks.problems import problems
 
 #: With the problems of the profile, or with problems of their own.
-SHARED, OWN = ("profile", "adam"), ("overhead", "stragglers", "gradients", "peers", "gpu")
+SHARED = ("profile", "adam")
+OWN = ("overhead", "stragglers", "warm", "gradients", "peers", "gpu")
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

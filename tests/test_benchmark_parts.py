@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import bilevel, equilibria, families, gradients, peers
+from benchmarks import bilevel, equilibria, families, gradients, peers, warm
 from benchmarks.accuracy import relative_error
 
 
@@ -180,3 +180,13 @@ def test_gradients_of_a_decoder():
     assert row["adjoint_residual"] <= case.tol
     assert row["implicit_error"] < 1e-5
     assert row["envelope_error"] is None
+
+
+@pytest.mark.parametrize("kind", ["default", "OneShot"])
+@pytest.mark.parametrize("select", ["best", "last"])
+@pytest.mark.parametrize("problem", ["tanh, gauss, ρ 0.3", "tanh, sym, ρ 0.3"])
+def test_solves_in_pieces_get_on(problem, kind, select):
+    """Each with a first step as long as x is, the default ended at .3, with either rule."""
+    with torch.no_grad():
+        sol = warm.in_pieces(warm.PROBLEMS[problem](), warm.SOLVERS[kind](), select=select)
+    assert sol.residuals.total.median() < 0.03

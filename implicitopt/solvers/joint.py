@@ -27,6 +27,10 @@ __all__ = ["Joint", "StepSizes"]
 WARMUP = 2
 #: The step size in x that those start from.
 LONGEST = 1.0
+#: The longest plain step in x, as a share of 1 + ‖x‖: from anywhere, and from where an earlier
+#: solve ended (μ is not 0). There ∇ₓL is small, however curved the loss, and says nothing of how
+#: long a step may be.
+COLD, WARM = 1.0, 0.01
 #: How far a step may go, as a share of 1 + ‖(z, μ, x)‖, where the step size in x is chosen here.
 REACH = 0.25
 #: A step beyond that may still be this share of the plain one.
@@ -42,7 +46,8 @@ class StepSizes:
     Args:
         z, mu: α_z and α_μ in (0, 1].
         x: α_x > 0, a number, or a schedule ``step -> α_x``. None: for each problem 1, or less
-            where the first plain steps would be longer than 1 + ‖x‖.
+            where the first plain steps would be longer than 1 + ‖x‖, or, from a warm start with
+            μ ≠ 0, than a hundredth of that.
 
     Raises:
         ValueError: a number is not as above.
@@ -119,7 +124,9 @@ class Joint:
         return 0
 
     def init(self, kkt: KKT, start: Point) -> tuple[Point, JointState]:
-        state = JointState(torch.full_like(start.x[:, :1], LONGEST))
+        warm = norm(start.mu) > 0
+        longest = torch.where(warm, WARM, COLD).to(norm(start.x).dtype)
+        state = JointState(torch.full_like(start.x[:, :1], LONGEST), longest)
         state.inner = self.accelerator.init(torch.cat(start, dim=1))
         return start, state
 
@@ -181,21 +188,22 @@ class Joint:
         """The state of the problems ``rows`` alone."""
         inner = take_rows("Joint accelerator", self.accelerator, state.inner, rows)
         shrink = take(state.shrink, rows)
-        return JointState(state.alpha[rows], inner, state.count, shrink)
+        return JointState(state.alpha[rows], state.longest[rows], inner, state.count, shrink)
 
 
 @dataclass
 class JointState:
-    """Step sizes in x, ``(B, 1)``, and the accelerator's state."""
+    """Step sizes in x and the accelerator's state."""
 
-    alpha: Tensor
+    alpha: Tensor  # (B, 1)
+    longest: Tensor  # (B,) what plain steps may be of 1 + ‖x‖
     inner: Any = None
     count: int = 0
     shrink: Tensor | float = 1.0
 
     def fit_alpha(self, point: Point, sweep: Sweep) -> None:
-        """α_x as it is, or less where a plain step would be longer than 1 + ‖x‖."""
-        reach, size = 1 + norm(point.x), norm(sweep.grad)
+        """α_x as it is, or less where a plain step would be too long."""
+        reach, size = self.longest * (1 + norm(point.x)), norm(sweep.grad)
         long = (size > reach) & torch.isfinite(size)
         share = torch.where(long, reach / torch.where(long, size, 1.0), 1.0)
         self.alpha = torch.minimum(self.alpha, share[:, None].to(self.alpha.dtype))

@@ -21,6 +21,9 @@ from implicitopt.solvers.secants import Secants, clip, ratio
 
 __all__ = ["OneShot", "OneShotState"]
 
+#: The trust radius to begin with, as a share of 1 + ‖x‖: from anywhere, and from where an earlier
+#: solve ended (μ is not 0), which is near a solution.
+COLD, WARM = 0.3, 0.03
 #: Sweeps at one x after which the step is decided on whatever accuracy there is.
 MOST_SWEEPS = 30
 #: Errors of L may be this large against the change of L that is judged.
@@ -78,7 +81,9 @@ class OneShot:
         return 0
 
     def init(self, kkt: KKT, start: Point) -> tuple[Point, OneShotState]:
-        return start, OneShotState.begin(self, start)
+        state = OneShotState.begin(self, start)
+        state.radius = state.radius * torch.where(norm(start.mu) > 0, WARM / COLD, 1.0)
+        return start, state
 
     def step(
         self, kkt: KKT, point: Point, sweep: Sweep, state: OneShotState
@@ -128,8 +133,8 @@ class OneShot:
         void = state.decided
         inner.fresh = void if inner.fresh is None else inner.fresh | void
         accelerator = Anderson("II", memory=self.inner_memory)
-        v, Fv = torch.cat(point[:2], dim=1), torch.cat((sweep.f, sweep.mu), dim=1)
-        mixed, state.inner = accelerator.step(inner, v, Fv)
+        v = torch.cat(point[:2], dim=1)
+        mixed, state.inner = accelerator.step_from_residual(inner, v, sweep.r[:, : v.shape[1]])
         z, mu = mixed.split([point.z.shape[1]] * 2, dim=1)
         return Point(z, mu, point.x)
 
@@ -170,7 +175,7 @@ class OneShotState:
         return cls(
             center=start, center_grad=torch.zeros_like(start.x),
             center_tangent=torch.zeros_like(start.x), center_value=zero,
-            center_error=zero, centered=no, radius=0.3 * (1 + norm(start.x)),
+            center_error=zero, centered=no, radius=COLD * (1 + norm(start.x)),
             accuracy=zero + options.accuracy, rejections=none, sweeps=none, decided=no,
             pairs=Secants.empty(options.memory, start.x, start.x),
             following=Secants.empty(options.memory, start.x, start.z, start.z), inner=inner,
@@ -235,8 +240,10 @@ class OneShotState:
         dx, dg = point.x - self.center.x, self.tangent - self.center_tangent
         use = decided & self.centered & self.sound & (norm(dx) > 0)
         curved = (dx * dg).sum(dim=1) > 1e-6 * norm(dx) * norm(dg)
-        self.pairs.push(use & curved, dx, dg)
-        self.following.push(use, dx, sweep.f - self.center.z, sweep.mu - self.center.mu)
+        center = self.center
+        self.pairs.push(use & curved, (point.x, center.x), (self.tangent, self.center_tangent))
+        responses = (sweep.f, center.z), (sweep.mu, center.mu)
+        self.following.push(use, (point.x, center.x), *responses)
 
     def recenter(
         self, keep: Tensor, reject: Tensor, point: Point, sweep: Sweep, accuracy: float

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from implicitopt.kkt import norm
+from implicitopt.kkt import at_hand, norm
 
 __all__ = ["Secants", "ratio"]
 
@@ -30,12 +30,16 @@ class Secants:
         rings = [block.new_zeros(rows, memory, block.shape[1]) for block in like]
         return cls(rings, torch.zeros(rows, dtype=torch.int64, device=like[0].device))
 
-    def push(self, mask: Tensor, *differences: Tensor) -> None:
-        """Record a difference of each quantity for the problems in ``mask``."""
-        slot = (self.count % self.rings[0].shape[1])[:, None, None]
-        for ring, new in zip(self.rings, differences, strict=True):
-            at = slot.expand(-1, 1, ring.shape[2])
-            kept = torch.where(mask[:, None, None], new[:, None], ring.gather(1, at))
+    def push(self, mask: Tensor, *changes: tuple[Tensor, Tensor]) -> None:
+        """Record new − old of each quantity for the problems in ``mask``."""
+        slot = self.count % self.rings[0].shape[1]
+        rows = mask.nonzero()[:, 0] if at_hand(mask) else None
+        for ring, (new, old) in zip(self.rings, changes, strict=True):
+            if rows is not None:
+                ring[rows, slot[rows]] = new[rows] - old[rows]
+                continue
+            at = slot[:, None, None].expand(-1, 1, ring.shape[2])
+            kept = torch.where(mask[:, None, None], (new - old)[:, None], ring.gather(1, at))
             ring.scatter_(1, at, kept)  # one row of each ring, not all of it
         self.count = self.count + mask
 
