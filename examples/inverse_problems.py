@@ -275,7 +275,7 @@ def show(results: dict[str, dict]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Restore with generators as they are, then with generators trained for it."""
-    run = parse(__doc__, PRESETS, arguments, name="inverse_problems", solver="joint")
+    run = parse(__doc__, PRESETS, arguments, name="inverse_problems")
     settings, bar = run.settings, partial(tqdm, disable=run.quiet, leave=False)
     folder = generator(run, METHODS)
     architecture, models = read_models(folder, METHODS)

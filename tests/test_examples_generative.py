@@ -25,6 +25,7 @@ from data import faces
 from generators import (
     Architecture,
     Autoencoder,
+    Principal,
     Search,
     Trained,
     decode,
@@ -40,6 +41,7 @@ from generators.density import components, draw
 from generators.jury import Jury
 from generators.race import Curve, Point, seconds_to
 from generators.reading import resized
+from mdeq.decoder import Patches
 from training import steps_within
 
 TINY = Architecture(4, (1, 8), (4, 4), 2)
@@ -139,7 +141,7 @@ def test_matching_is_the_sum_over_visible_pixels_and_the_price_of_the_code():
 def test_gradient_of_the_training_loss_is_that_of_the_least_loss():
     """The envelope theorem, by finite differences of the whole solve."""
     decoder, images = tiny()
-    decoder, bias = decoder.double(), decoder.double().head[2].bias
+    decoder, bias = decoder.double(), decoder.double().head[1].bias
     target = images[:3].double() / 255
 
     def least() -> torch.Tensor:
@@ -160,20 +162,23 @@ def test_gradient_of_the_training_loss_is_that_of_the_least_loss():
 
 def test_kept_codes_are_those_of_the_batch_alone():
     decoder, images = tiny()
-    objective = Trained(decoder, images, Search(4, 0.1), penalty=1.0, keep_codes=True)
+    begin = torch.randn(6, 4)
+    careful = implicitopt.Joint(steps=implicitopt.StepSizes(x=0.1))
+    objective = Trained(decoder, images, Search(60, 0.1, careful), penalty=1.0, codes=begin)
     loss, logged = objective(torch.tensor([1, 4]))
     loss.backward()
+    nothing = {"codes": begin, "states": 0.0, "multipliers": 0.0}
     for name in objective.keep:
-        moved = objective.get_buffer(name).abs().sum(dim=1) > 0
+        moved = ((objective.get_buffer(name) - nothing[name]) != 0).any(dim=1)
         assert moved.tolist() == [False, True, False, False, True, False]
     assert set(logged) == {"mse", "jacobian", "code"}
     assert objective.keep == ("codes", "states", "multipliers")
-    assert Trained(decoder, images, Search(4, 0.1), 1.0, keep_codes=False).keep == ()
+    assert Trained(decoder, images, Search(4, 0.1), 1.0).keep == ()
 
 
 def test_an_image_that_comes_again_goes_on_where_its_last_solve_ended():
     decoder, images = tiny()
-    objective = Trained(decoder, images, Search(200, 0.1), penalty=0.0, keep_codes=True)
+    objective = Trained(decoder, images, Search(200, 0.1), penalty=0.0, codes=torch.zeros(6, 4))
     first = objective(torch.tensor([1, 4]))[0].item()
     start = sum(matching(decoder, images[[1, 4]] / 255, 0.1)(*at_zero(decoder, 2))) / 2
     assert first < 0.99 * start.item()  # this tiny decoder hardly hears of its codes
@@ -188,6 +193,38 @@ def at_zero(decoder, count):
     """Where a solve from codes of 0 begins."""
     x = torch.zeros(count, decoder.latent)
     return decoder.f(decoder.start(x), x), x
+
+
+def test_principal_components_are_those_of_the_singular_values():
+    torch.manual_seed(0)
+    mixed = torch.randn(40, 48) @ torch.diag(0.5 ** torch.arange(48.0)) @ torch.randn(48, 48)
+    images = (128 + 12 * mixed).clamp(20, 235).byte().unflatten(1, (3, 4, 4))
+    found = Principal(images, 5, seed=0)
+    rows = images.flatten(1) / 255
+    _, _, axes = torch.linalg.svd(rows - rows.mean(dim=0), full_matrices=False)
+    expected = (rows - rows.mean(dim=0)) @ axes[:5].T @ axes[:5] + rows.mean(dim=0)
+    codes = found.codes()
+    torch.testing.assert_close(found.decoder(codes).flatten(1), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(codes.var(dim=0), torch.ones(5), atol=1e-3, rtol=0)
+    assert (codes.mean(dim=0).abs() < 1e-5).all()
+
+
+def test_principal_components_need_as_many_images():
+    with pytest.raises(ValueError, match=r"latent=5 .* got 4"):
+        Principal(torch.zeros(4, 1, 2, 2, dtype=torch.uint8), 5, seed=0)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3, 4, 8])
+def test_patches_overlap(stride):
+    """Each place paints as far as the middles of its neighbours, at least."""
+    state = torch.zeros(1, 6, 5, 5)
+    state[0, :, 2, 2] = 1
+    layer = Patches(6, 2, stride)
+    painted = (layer(state) - layer(0 * state)).abs().amax(dim=(0, 1)) > 0
+    assert painted.shape == (5 * stride, 5 * stride)
+    reached = painted.any(dim=0).nonzero()[:, 0]
+    assert reached[0] <= 1.5 * stride
+    assert reached[-1] >= 3.5 * stride - 1
 
 
 def test_divergence_is_torch_distributions():

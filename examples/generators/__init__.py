@@ -12,6 +12,7 @@ from generators.equilibrium import (
     matching,
     penalty,
 )
+from generators.principal import Principal
 
 __all__ = [
     "KINDS",
@@ -19,6 +20,7 @@ __all__ = [
     "Autoencoder",
     "ConvDecoder",
     "Encoder",
+    "Principal",
     "Search",
     "Trained",
     "decode",

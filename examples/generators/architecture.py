@@ -23,16 +23,18 @@ class Architecture:
         image: (channels, side) of the images.
         channels: of the equilibrium decoder's branches, finest first.
         stride: its finest branch is at 1/``stride`` of the image's size.
+        skip: whether a code also reaches its state past the cell.
     """
 
     latent: int
     image: tuple[int, int]
     channels: tuple[int, ...]
     stride: int
+    skip: bool = True
 
     def equilibrium(self) -> Decoder:
         """The equilibrium decoder."""
-        return Decoder(self.latent, self.image, self.channels, stride=self.stride)
+        return Decoder(self.latent, self.image, self.channels, stride=self.stride, skip=self.skip)
 
     def convolutional(self) -> ConvDecoder:
         """A decoder of plain convolutions with as many parameters, or nearly."""
@@ -62,10 +64,11 @@ def load(folder: Path, name: str) -> tuple[Architecture, nn.Module]:
             "first, with this folder as its --out."
         )
     facts = json.loads(path.read_text(encoding="utf-8"))
-    given = facts["architecture"]
-    architecture = Architecture(
-        given["latent"], tuple(given["image"]), tuple(given["channels"]), given["stride"]
-    )
+    given = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in facts["architecture"].items()
+    }
+    architecture = Architecture(**given)
     make = {"equilibrium": architecture.equilibrium, "convolutional": architecture.convolutional}
     decoder = make[facts["kind"]]()
     weights = torch.load(folder / f"{name}.pt", map_location="cpu", weights_only=True)

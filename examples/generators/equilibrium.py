@@ -84,18 +84,25 @@ class Trained(nn.Module):
         images: ``(N, C, H, W)``, uint8.
         search: the solve of each step.
         penalty: weight of the Jacobian's size, at an iterate drawn from the solve's path.
-        keep_codes: go on from an image's last code, state and multiplier when it comes again. A
-            few sweeps are enough then. False: codes start from 0 each time, as the paper's do.
+        codes: ``(N, latent)``, where the images' codes begin, to go on from the last code, state
+            and multiplier when an image comes again. A few sweeps are enough then. None: codes
+            start from 0 each time, as the paper's do.
     """
 
     def __init__(
-        self, decoder: Decoder, images: Tensor, search: Search, penalty: float, keep_codes: bool
+        self,
+        decoder: Decoder,
+        images: Tensor,
+        search: Search,
+        penalty: float,
+        codes: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.decoder, self.search, self.weight = decoder, search, penalty
         self.register_buffer("images", images, persistent=False)
-        kept, width = len(images) if keep_codes else 0, decoder.cell.width
-        self.register_buffer("codes", torch.zeros(kept, decoder.latent))
+        codes = torch.zeros(0, decoder.latent) if codes is None else codes.clone()
+        kept, width = len(codes), decoder.cell.width
+        self.register_buffer("codes", codes)
         self.register_buffer("states", torch.zeros(kept, width))  # of 0: not visited yet
         self.register_buffer("multipliers", torch.zeros(kept, width))
 

@@ -2,14 +2,73 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+import math
 
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import conv_transpose2d
+
+from mdeq.block import NARROW
 from mdeq.cell import Cell, halvings
 from mdeq.injection import CodeInjection
+
+#: Where a finest branch is at a smaller part of the image's size than this, the head doubles first.
+LARGEST_PATCH = 4
+
+
+class Refine(nn.Module):
+    """``(B, C, H, W)`` plus what two convolutions make of it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.widen = nn.Conv2d(channels, 2 * channels, 3, padding=1)
+        self.narrow = nn.Conv2d(2 * channels, channels, 3, padding=1)
+        with torch.no_grad():  # nearly nothing at the start
+            self.narrow.weight.mul_(NARROW)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + self.narrow(self.widen(h).relu())
+
+
+class Patches(nn.ConvTranspose2d):
+    """``stride`` times larger: each place paints a patch, which fades into its neighbours'.
+
+    Patches side by side, as of a pixel shuffle, would show their edges.
+    """
+
+    def __init__(self, channels: int, colors: int, stride: int) -> None:
+        margin = (stride + 1) // 2
+        side = stride + 2 * margin
+        super().__init__(channels, colors, side, stride, margin)
+        profile = torch.sin(math.pi * (torch.arange(side) + 0.5) / side) ** 2
+        self.register_buffer("window", profile[:, None] * profile, persistent=False)
+        with torch.no_grad():
+            self.weight.mul_(1 / self.window.square().mean().sqrt())  # as it was on the whole
+
+    def forward(self, h: Tensor) -> Tensor:
+        kernel = self.weight * self.window
+        return conv_transpose2d(h, kernel, self.bias, self.stride, self.padding)
+
+
+def head(channels: int, colors: int, stride: int) -> nn.Sequential:
+    """From a state's finest branch to an image: doubled while patches would be large, then painted.
+
+    Nearly linear at the start, so that a code reaches the image as it is.
+    """
+    layers: list[nn.Module] = [Refine(channels)]
+    while stride > LARGEST_PATCH and stride % 2 == 0:
+        fewer = max(channels // 2, 8)
+        layers += [nn.ConvTranspose2d(channels, fewer, 4, 2, 1), Refine(fewer)]
+        channels, stride = fewer, stride // 2
+    return nn.Sequential(*layers, Patches(channels, colors, stride), nn.Sigmoid())
 
 
 class Decoder(nn.Module):
     """The image of a code x is read from the state z = f(z, x).
+
+    The cell ends in a norm, which takes away how long a code is. So what is injected is added
+    again behind it: z = cell(z, u(x)) + u(x). The state then follows the code linearly, near
+    enough for images to be fitted in few sweeps; the cell adds what is not linear.
 
     Args:
         latent: the length of a code.
@@ -18,9 +77,11 @@ class Decoder(nn.Module):
         stride: the finest branch is at 1/``stride`` of the image's size; the head makes up for it.
         grid: the largest side that codes are mapped to densely (see ``CodeInjection``).
         expansion, groups: of the cell.
+        skip: whether u(x) is added. The paper's decoder does without.
 
-    The paper's decoder of 64×64 faces is ``Decoder(128, (3, 64), (32, 64, 128, 256))``. A small one
-    for a CPU: ``Decoder(64, (3, 64), (16, 32, 48), stride=2)``.
+    The paper's decoder of 64×64 faces is
+    ``Decoder(128, (3, 64), (32, 64, 128, 256), skip=False)``. A small one for a CPU:
+    ``Decoder(64, (3, 64), (32, 64), stride=8)``.
 
     >>> import torch, implicitopt
     >>> model = Decoder(8, image=(1, 28), channels=(8, 16))
@@ -40,6 +101,7 @@ class Decoder(nn.Module):
         grid: int = 8,
         expansion: int = 5,
         groups: int = 4,
+        skip: bool = True,
     ) -> None:
         super().__init__()
         colors, side = image
@@ -49,20 +111,18 @@ class Decoder(nn.Module):
                 "size of images."
             )
         sizes = halvings(side // stride, len(channels))
-        self.latent = latent
+        self.latent, self.skip = latent, skip
         self.cell = Cell(channels, sizes, expansion, groups)
         self.inject = CodeInjection(latent, channels, sizes, grid)
-        self.head = nn.Sequential(
-            nn.Conv2d(channels[0], channels[0], 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(channels[0], colors * stride**2, 3, padding=1),
-            nn.PixelShuffle(stride),
-            nn.Sigmoid(),
-        )
+        self.head = head(channels[0], colors, stride)
 
     def f(self, z: tuple[Tensor, ...], x: Tensor) -> tuple[Tensor, ...]:
         """The layer; x is ``(B, latent)``."""
-        return self.cell(z, self.inject(x))
+        injected = self.inject(x)
+        image = self.cell(z, injected)
+        if not self.skip:
+            return image
+        return tuple(part + u for part, u in zip(image, injected, strict=True))
 
     def start(self, x: Tensor) -> tuple[Tensor, ...]:
         """A state to start from: zeros."""
