@@ -4,9 +4,23 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
-__all__ = ["interleaved"]
+import torch
+
+__all__ = ["interleaved", "one_thread"]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread, where CPU time is the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def interleaved(calls: Mapping[str, Callable[[], object]], *, repeats: int) -> dict[str, float]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
+from benchmarks.clock import one_thread
 from benchmarks.families import linear_quadratic, tanh
 from implicitopt import Adaptive, Anderson, Joint, OneShot
 from implicitopt.iteration import iterate
@@ -91,16 +92,12 @@ def ratios(arguments: tuple[Any, ...], steps: int, repeats: int) -> dict[str, An
 
 def measure(*, quick: bool, bar: Callable[..., Any]) -> dict[str, dict[str, float]]:
     """problem -> solver -> a step's time over a bare sweep's; "ms" is that of the sweep."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # where CPU time is the time
-    try:
-        steps, repeats = (10, 1) if quick else (60, 5)
+    steps, repeats = (10, 1) if quick else (60, 5)
+    with one_thread():
         return {
             name: ratios(make(), steps, repeats)
             for name, make in bar(problems(quick).items(), desc="overhead")
         }
-    finally:
-        torch.set_num_threads(threads)
 
 
 def table(found: dict[str, dict[str, float]]) -> str:

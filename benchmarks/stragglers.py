@@ -16,6 +16,7 @@ import torch
 from tabulate import tabulate
 
 import implicitopt
+from benchmarks.clock import one_thread
 from benchmarks.decoders import examples_module
 
 __all__ = ["measure", "table"]
@@ -25,12 +26,8 @@ TOL = 1e-3
 
 def measure(*, quick: bool, bar: Callable[..., Any]) -> dict[str, float]:
     """Sweeps of both batches, and the times' ratios."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         return _measure(8 if quick else 64, 1 if quick else 5, bar)
-    finally:
-        torch.set_num_threads(threads)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import bilevel, equilibria, families, gradients, peers, warm
+from benchmarks import bilevel, equilibria, families, gradients, memory, peers, warm
 from benchmarks.accuracy import relative_error
 
 
@@ -190,3 +190,19 @@ def test_solves_in_pieces_get_on(problem, kind, select):
     with torch.no_grad():
         sol = warm.in_pieces(warm.PROBLEMS[problem](), warm.SOLVERS[kind](), select=select)
     assert sol.residuals.total.median() < 0.03
+
+
+def test_peak_memory_is_that_of_the_tensors_alive_together():
+    def call():
+        a = torch.ones(1000, dtype=torch.float64)
+        b = a + 1
+        del a
+        return b * 2
+
+    assert 16_000 <= memory.peak(call) < 16_200
+
+
+def test_a_joint_solve_holds_its_window_and_little_more():
+    found = memory.measure(quick=True, bar=bar)
+    for kept in (10, 20):
+        assert found[f"Joint, memory {kept}"]["vectors over"] <= 2 * kept + 8

@@ -43,7 +43,7 @@ def problems(count: int = 3) -> tuple[torch.nn.Module, torch.Tensor]:
     decoder = TINY.equilibrium().requires_grad_(False)
     for last in decoder.cell.fusion.joined:
         last[-1].weight *= 0.4
-    decoder.head[2].weight *= 30
+    decoder.head[1].weight *= 3
     return decoder, decode(decoder, 2 * torch.randn(count, 4))
 
 
