@@ -80,10 +80,10 @@ class Settings:
     steps: int = 100
     batch: int = 16
     rate: float = 5e-4
-    sweeps: int = 20
+    sweeps: int = 30
     test_sweeps: int = 160
     decay: float = 0.5
-    penalty: float = 500.0
+    penalty: float = 100.0
     adjoint_steps: int = 20
     adam_rate: float = 0.05
     memory: int = 40
@@ -115,7 +115,7 @@ PRESETS = {
     ),
     "paper": replace(
         CPU, images=None, held_out=10_000, steps=50_000, batch=48, rate=1e-4, sweeps=40,
-        test_sweeps=100, adjoint_steps=50,
+        penalty=500.0, test_sweeps=100, adjoint_steps=50,
     ),
 }  # fmt: skip
 
