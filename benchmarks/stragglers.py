@@ -1,8 +1,8 @@
 """What one hard problem costs a batch of 64, with and without ``solve(..., subset=...)``.
 
 An untrained MDEQ decoder's own images are easy targets where codes are held short; noise, where
-they are not, is a hard one. The batch with it makes ten times the sweeps of the batch without, and
-its time over that one's is shown: CPU time on one thread, in turn, medians.
+they are not, is a hard one. The batch with it makes several times the sweeps of the batch without,
+and its time over that one's is shown: CPU time on one thread, in turn, medians.
 """
 
 from __future__ import annotations

@@ -59,6 +59,11 @@ class Point(NamedTuple):
         """Blocks with memory of their own, as f may ask of z and x, and as rounding depends on."""
         return Point(*(block.contiguous() for block in self))
 
+    @property
+    def warm(self) -> Tensor:
+        """Which problems an earlier solve has been at, ``(B,)``: where none has, μ is 0."""
+        return norm(self.mu) > 0
+
 
 class Residuals(NamedTuple):
     """Per-problem norms of the three KKT blocks, each over 1 + ‖(z, μ, x)‖.

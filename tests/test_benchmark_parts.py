@@ -186,7 +186,7 @@ def test_gradients_of_a_decoder():
 @pytest.mark.parametrize("select", ["best", "last"])
 @pytest.mark.parametrize("problem", ["tanh, gauss, ρ 0.3", "tanh, sym, ρ 0.3"])
 def test_solves_in_pieces_get_on(problem, kind, select):
-    """Each with a first step as long as x is, the default ended at .3, with either rule."""
+    """Each with a first step as long as x is, the default stood still, with either rule."""
     with torch.no_grad():
         sol = warm.in_pieces(warm.PROBLEMS[problem](), warm.SOLVERS[kind](), select=select)
     assert sol.residuals.total.median() < 0.03

@@ -124,8 +124,7 @@ class Joint:
         return 0
 
     def init(self, kkt: KKT, start: Point) -> tuple[Point, JointState]:
-        warm = norm(start.mu) > 0
-        longest = torch.where(warm, WARM, COLD).to(norm(start.x).dtype)
+        longest = torch.where(start.warm, WARM, COLD).to(norm(start.x).dtype)
         state = JointState(torch.full_like(start.x[:, :1], LONGEST), longest)
         state.inner = self.accelerator.init(torch.cat(start, dim=1))
         return start, state

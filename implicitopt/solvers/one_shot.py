@@ -82,7 +82,7 @@ class OneShot:
 
     def init(self, kkt: KKT, start: Point) -> tuple[Point, OneShotState]:
         state = OneShotState.begin(self, start)
-        state.radius = state.radius * torch.where(norm(start.mu) > 0, WARM / COLD, 1.0)
+        state.radius = state.radius * torch.where(start.warm, WARM / COLD, 1.0)
         return start, state
 
     def step(
