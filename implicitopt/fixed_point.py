@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -73,7 +74,7 @@ def picard_to_rest(
         best = torch.where(better[:, None], v, best)
         lowest = torch.where(better, residual, lowest)
         steps = steps + active
-        active = active & (lowest > tol) & torch.isfinite(residual)
+        active = active & (lowest > tol) & (residual < math.inf)
         last = step + 1 == max_steps
         if last or ((step + 1) % every == 0 and not bool(active.any())):
             break

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from implicitopt.kkt import KKT, Point, Residuals, Sizes, Sweep, at_hand, choose, some
+from implicitopt.kkt import KKT, Point, Residuals, Sweep, at_hand, choose, some
 from implicitopt.rows import put, take
 from implicitopt.select import Candidate, Kept, Rule
 from implicitopt.solution import History, Status
@@ -238,75 +239,70 @@ class _Record:
 
     def observe(self, step: int, point: Point, sweep: Sweep) -> Tensor:
         """Take in one sweep; returns the problems that became non-finite and may be retried."""
-        value, residuals = sweep.value, sweep.residuals
-        total = residuals.total
-        finite = torch.isfinite(total) & torch.isfinite(value)
-        running = self.active & finite
-        reached = running & self._settled(residuals, sweep.sizes)
+        value, residuals, total = sweep.value, sweep.residuals, sweep.total
+        finite = (total < math.inf) & (value.abs() < math.inf)  # and no NaN
+        running, failed = self.active & finite, self.active & ~finite
+        reached = self._settled(sweep) & running
         slack = sweep.coupling.abs().to(total.dtype)
-        candidate = Candidate(step, value.to(total.dtype), slack, residuals)
+        candidate = Candidate(step, value.to(total.dtype), slack, residuals, total)
         keep = running & (self.rule(candidate, self.kept) | reached)
         self._keep(keep, point, value, candidate)
         self.steps = self.steps + self.active
-
-        failed = self.active & ~finite
-        self.failures = self.failures + failed
-        hopeless = failed & ((self.failures > RETRIES) | ~torch.isfinite(self.kept.residual))
-        stalled = self._stalled(candidate, running) & ~reached
+        stalled = self._stalled(candidate) & running & ~reached
         if self.drawn is not None:
             self._draw(running, point)
-        for mask, status in (
-            (reached, Status.CONVERGED),
-            (stalled, Status.STALLED),
-            (hopeless, Status.NONFINITE),
-        ):
-            self.status = torch.where(mask, torch.full_like(self.status, status), self.status)
-        self.active = self.active & ~(reached | stalled | hopeless)
+        hopeless = failed
+        if some(failed):
+            self.failures = self.failures + failed
+            known = self.kept.residual < math.inf
+            hopeless = failed & ((self.failures > RETRIES) | ~known)
+        finished = reached | stalled | hopeless
+        if some(finished):
+            self.status = self.status.masked_fill(reached, Status.CONVERGED)
+            self.status = self.status.masked_fill(stalled, Status.STALLED)
+            self.status = self.status.masked_fill(hopeless, Status.NONFINITE)
+            self.active = self.active & ~finished
         if self.history is not None:
             self.history.append((value * self.kkt.sign, residuals))
         return failed & ~hopeless
 
-    def _settled(self, residuals: Residuals, sizes: Sizes) -> Tensor:
+    def _settled(self, sweep: Sweep) -> Tensor:
         """Which problems meet the tolerance, and do not owe it to iterates that ran away.
 
         A μ that grows without bound would hide a state that is no equilibrium, and an x that does
         a gradient that is not small: where there is no solution both do, until rounding hides all.
         """
-        total = residuals.total
-        state = residuals.z * sizes.whole <= self.tol * sizes.state
+        total, sizes = sweep.total, sweep.sizes
+        small: Tensor = total <= self.tol
+        if not some(small):
+            return small
+        state = sweep.residuals.z * sizes.whole <= self.tol * sizes.state
         rounding = torch.finfo(self.value.dtype).eps
         # With a tol of 0 an exact solution is one too, but not where rounding alone made it so.
         within = max(self.tol, rounding) ** 0.5
         near = (total + rounding) * sizes.whole <= within * self.start_size
-        settled: Tensor = (total <= self.tol) & state & near
+        settled: Tensor = small & state & near
         return settled
 
     def _keep(self, keep: Tensor, point: Point, value: Tensor, new: Candidate) -> None:
-        def pick(a: Tensor, b: Tensor) -> Tensor:
-            return torch.where(keep, a, b)
-
-        kept, total = self.kept, new.residuals.total
-        self.point = choose(keep, point, self.point)
-        self.value = pick(value, self.value)
-        self.residuals = Residuals(*map(pick, new.residuals, self.residuals))
-        seen = torch.where(torch.isfinite(total), total, kept.lowest_residual)
-        self.kept = Kept(
-            value=pick(new.value, kept.value),
-            residual=pick(total, kept.residual),
-            state_residual=pick(new.residuals.z, kept.state_residual),
-            score=pick(new.value + new.slack, kept.score),
-            lowest_residual=torch.minimum(kept.lowest_residual, seen),
+        lowest = torch.fmin(self.kept.lowest_residual, new.residual)  # past NaN
+        score = new.value + new.slack
+        kept = Kept(new.value, new.residual, new.residuals.z, score, lowest)
+        self.point, self.value, self.residuals, self.kept = choose(
+            keep,
+            (point, value, new.residuals, kept),
+            (self.point, self.value, self.residuals, self.kept._replace(lowest_residual=lowest)),
         )
 
-    def _stalled(self, new: Candidate, running: Tensor) -> Tensor:
-        total, score = new.residuals.total, self.kept.score
-        fell = score < self.mark_score - 1e-4 * (1e-8 + self.mark_score.abs())
-        fell = fell | ~torch.isfinite(self.mark_score)
-        improved = (total < 0.9 * self.mark) | fell
-        self.mark = torch.where(improved, torch.minimum(total, self.mark), self.mark)
-        self.mark_score = torch.where(improved, score, self.mark_score)
-        self.since = torch.where(improved, torch.zeros_like(self.since), self.since + 1)
-        return running & (self.since >= PATIENCE)
+    def _stalled(self, new: Candidate) -> Tensor:
+        total, score = new.residual, self.kept.score
+        bar = self.mark_score - 1e-4 * (1e-8 + self.mark_score.abs())
+        improved = (total < 0.9 * self.mark) | ~(score >= bar)  # bar is NaN before the first mark
+        self.mark, self.mark_score = choose(
+            improved, (torch.fmin(total, self.mark), score), (self.mark, self.mark_score)
+        )
+        self.since = (self.since + 1).masked_fill(improved, 0)
+        return self.since >= PATIENCE
 
     def _draw(self, running: Tensor, point: Point) -> None:
         """Reservoir sampling: step t replaces the draw with probability 1/t."""

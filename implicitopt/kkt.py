@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -37,6 +37,8 @@ __all__ = [
     "norm",
     "some",
 ]
+
+Row = TypeVar("Row")
 
 
 class Point(NamedTuple):
@@ -85,7 +87,7 @@ class Residuals(NamedTuple):
     @property
     def total(self) -> Tensor:
         """The relative KKT residual, one number per problem."""
-        return torch.sqrt(self.z**2 + self.mu**2 + self.x**2)
+        return cast(Tensor, torch.linalg.vector_norm(torch.stack(self), dim=0))
 
 
 class Sizes(NamedTuple):
@@ -106,6 +108,7 @@ class Sweep(NamedTuple):
     coupling: Tensor  #: μᵀ(f − z), ``(B,)``
     sizes: Sizes
     residuals: Residuals
+    total: Tensor  #: the relative KKT residual, ``(B,)``
 
 
 @dataclass
@@ -133,14 +136,24 @@ def some(mask: Tensor) -> bool:
     return not at_hand(mask) or bool(mask.any())
 
 
-def choose(mask: Tensor, new: Point, old: Point) -> Point:
-    """``new`` for the problems in ``mask``, ``(B,)``, and ``old`` for the others."""
+def choose(mask: Tensor, new: Row, old: Row) -> Row:
+    """``new`` for the problems in ``mask``, ``(B,)``, and ``old`` for the others.
+
+    Both are tensors ``(B, …)``, or tuples of such, of one structure.
+    """
     if at_hand(mask):  # a look is cheaper than a pass over the blocks
         if bool(mask.all()):
             return new
         if not bool(mask.any()):
             return old
-    return Point(*(torch.where(mask[:, None], a, b) for a, b in zip(new, old, strict=True)))
+    return cast(Row, _merge(mask, new, old))
+
+
+def _merge(mask: Tensor, new: Any, old: Any) -> Any:
+    if isinstance(new, Tensor):
+        return torch.where(mask.reshape(-1, *[1] * (new.dim() - 1)), new, old)
+    parts = [_merge(mask, a, b) for a, b in zip(new, old, strict=True)]
+    return type(new)(*parts) if hasattr(new, "_fields") else tuple(parts)
 
 
 @dataclass
@@ -201,7 +214,7 @@ class KKT:
         sizes = self.sizes(point)
         residuals = Residuals(*(norm(b) / sizes.whole for b in (off, adjoint_off, stationarity)))
         coupling = (point.mu * off).sum(dim=1)  # not a product of matrices: autocast would round it
-        return Sweep(f, mu, grad, value, r, coupling, sizes, residuals)
+        return Sweep(f, mu, grad, value, r, coupling, sizes, residuals, residuals.total)
 
     def linearize(self, z: Tensor, x: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
         """μ ↦ (∂f/∂z)ᵀ μ at one (z, x), to be applied many times, and ∂ℓ/∂z there."""
@@ -223,11 +236,11 @@ class KKT:
 
     def sizes(self, point: Point) -> Sizes:
         """What residuals at the point are relative to."""
-        state = norm(point.z) ** 2 + norm(point.x) ** 2
-        whole = 1 + torch.sqrt(state + norm(point.mu) ** 2)
-        # A norm that overflows would hide every residual: such a point counts as non-finite.
-        whole = torch.where(torch.isfinite(whole), whole, torch.full_like(whole, float("nan")))
-        return Sizes(1 + torch.sqrt(state), whole)
+        z, mu, x = (norm(block).square() for block in point)
+        state = z + x
+        whole = 1 + torch.sqrt(state + mu)
+        # A norm that overflows would hide every residual: 0·∞ is NaN, and the point non-finite.
+        return Sizes(1 + torch.sqrt(state), whole + 0 * whole)
 
     def gradient(self, point: Point) -> Point:
         """The KKT map ∇L as a differentiable function of the point and of everything f and ℓ read.

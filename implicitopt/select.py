@@ -27,6 +27,7 @@ class Candidate(NamedTuple):
     value: Tensor  #: loss
     slack: Tensor  #: |μᵀ(f(z, x) − z)|: what the state's residual hides of the loss, to first order
     residuals: Residuals
+    residual: Tensor  #: the relative KKT residual, ``residuals.total``
 
 
 class Kept(NamedTuple):
@@ -90,7 +91,7 @@ class Best:
         score = new.value + new.slack
         rounding = torch.finfo(score.dtype).eps ** 0.75 * (1 + new.value.abs())
         tie = (score - kept.score).abs() <= rounding
-        better = torch.where(tie, new.residuals.total < kept.residual, score < kept.score)
+        better = torch.where(tie, new.residual < kept.residual, score < kept.score)
         feasible, was_feasible = new.residuals.z <= self.small, kept.state_residual <= self.small
         nearer = new.residuals.z < kept.state_residual
         return torch.where(was_feasible, feasible & better, feasible | nearer)
@@ -113,7 +114,7 @@ class PaperRule:
     """
 
     def __call__(self, new: Candidate, kept: Kept) -> Tensor:
-        residual = new.residuals.total
+        residual = new.residual
         lower = (new.value < kept.value) & (residual <= 1.3 * kept.lowest_residual)
         return (residual <= kept.lowest_residual) | lower | (new.step < 10)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from implicitopt.kkt import norm, some
+from implicitopt.kkt import choose, norm, some
 from implicitopt.options import check_choice, check_option
 from implicitopt.rows import take
 
@@ -16,6 +17,10 @@ __all__ = ["Anderson"]
 
 #: A difference is left out when this share of it, or less, is not a combination of newer ones.
 INDEPENDENT = 3e-2
+#: Steps between looks at which are: it costs more than the rest of a small step.
+LOOK_EVERY = 4
+#: Added to squared distances between unit differences, well below that share's square.
+ROUNDING = 1e-6
 #: Up to this many unknowns differences are kept in float64, whatever the dtype: in float32 the
 #: rounding of their products, not of F, would decide the result.
 WIDE = 2048
@@ -82,10 +87,10 @@ class Anderson:
         plain = torch.add(v, r, alpha=self.damping)
         if not state.filled:
             return plain, state
-        rhs = state.update_gram(self.damping)
-        mixed = state.mix(plain, self._coefficients(state, rhs))
-        bad = ~torch.isfinite(norm(mixed))
-        return torch.where(bad[:, None], plain, mixed) if some(bad) else mixed, state
+        state.update_gram(self.damping)
+        mixed = state.mix(plain, self._coefficients(state))
+        sound = norm(mixed) < math.inf
+        return choose(sound, mixed, plain), state
 
     def restart(self, state: AndersonState, mask: Tensor) -> AndersonState:
         state.forget(mask)
@@ -95,25 +100,27 @@ class Anderson:
         """The state of the problems ``rows`` alone."""
         return take(state, rows)
 
-    def _coefficients(self, state: AndersonState, rhs: Tensor) -> Tensor:
+    def _coefficients(self, state: AndersonState) -> Tensor:
         """c, ``(B, m)``: zero for differences left out, and for a problem whose solve failed."""
-        gram = state.gram[:, : state.filled, : state.filled]
-        # Unit rows, so that ridge is relative; a difference left out becomes a row of the identity.
-        length = state.length[:, : state.filled]
-        use = state.use[:, : state.filled] & (length > 0)
+        k = state.filled
+        unit = state.unit[:, :k]
+        use = unit > 0
         if self.kind == "I":
-            use = use & state.independent(use)
-        unit = torch.where(use, 1 / torch.where(use, length, torch.ones_like(length)), 0.0)
-        gram = _scaled(gram, unit)
-        rhs = torch.where(use, rhs, 0.0) * unit
+            if state.pushed % LOOK_EVERY == 0:
+                state.look_apart()
+            use &= state.apart[:, :k]
+        # A difference left out becomes a row of the identity.
+        gram = torch.where(use[:, :, None] & use[:, None], state.gram[:, :k, :k], 0.0)
         diagonal = gram.diagonal(dim1=1, dim2=2)
         scale = diagonal.abs().amax(dim=1, keepdim=True)
         # Type I: SᵀY is about −SᵀS near a contraction, so the ridge keeps each pivot's sign.
-        shift = self.ridge * scale * torch.where(diagonal < 0, -1.0, 1.0)
-        gram = gram + torch.diag_embed(torch.where(use, shift, torch.ones_like(shift)))
+        shift = torch.copysign(self.ridge * scale, diagonal)
+        diagonal.add_(shift.masked_fill(~use, 1.0))
+        rhs = torch.where(use, state.in_r[:, :k], 0.0)
         c, info = torch.linalg.solve_ex(gram, rhs[..., None])
-        solved = (info == 0)[:, None] & torch.isfinite(c[..., 0]).all(dim=1, keepdim=True)
-        return torch.where(solved, c[..., 0] * unit, 0.0)
+        c = c[..., 0]
+        solved = (info == 0) & (norm(c) < math.inf)
+        return torch.where(solved[:, None], c * unit, 0.0)
 
 
 @dataclass
@@ -122,15 +129,17 @@ class AndersonState:
 
     What is kept of a difference is t = s (type I) or y (type II), which residuals are projected
     on, and u = s + β y, which steps are made of: each is read once a step, and no more is read.
+    Products are of differences of unit length, t_i/‖t_i‖ and y_i/‖t_i‖, so that the ridge is
+    relative; those of a difference that does not count are 0.
     """
 
     kind: str
     ring: Tensor  # (B, m, 2, n) t_i and u_i
     gram: Tensor  # (B, m, m) float64, ⟨t_i, y_j⟩
     gram_s: Tensor  # (B, m, m) float64, ⟨s_i, s_j⟩ (type I)
-    in_r: Tensor  # (B, m) float64, ⟨t_i, r⟩ with the last r (type I)
-    length: Tensor  # (B, m) float64, ‖t_i‖
-    use: Tensor  # (B, m) which differences count
+    in_r: Tensor  # (B, m) float64, ⟨t_i, r⟩ with the last r
+    unit: Tensor  # (B, m) float64, 1/‖t_i‖; 0: does not count
+    apart: Tensor  # (B, m) bool: independent of newer ones, when last looked at (type I)
     last: tuple[Tensor, Tensor] | None = None
     fresh: Tensor | None = None  # (B,) problems just restarted: their next difference is void
     pushed: int = 0
@@ -147,8 +156,8 @@ class AndersonState:
             gram=square,
             gram_s=square.clone(),
             in_r=square[:, 0].clone(),
-            length=square[:, 0].clone(),
-            use=torch.zeros(rows, memory, dtype=torch.bool, device=v.device),
+            unit=square[:, 0].clone(),
+            apart=torch.ones(rows, memory, dtype=torch.bool, device=v.device),
         )
 
     @property
@@ -172,36 +181,37 @@ class AndersonState:
                 torch.sub(r, self.last[1], out=t)
                 torch.add(v - self.last[0], t, alpha=damping, out=u)
             length = norm(t)
-            void = ~(torch.isfinite(length) & torch.isfinite(norm(u)))
+            void = ~((length > 0) & (length < math.inf) & (norm(u) < math.inf))
             if self.fresh is not None:
                 void = void | self.fresh
                 self.fresh = None
+            unit = length.double().reciprocal()
             if some(void):
                 t.masked_fill_(void[:, None], 0.0)
                 u.masked_fill_(void[:, None], 0.0)
-            self.length[:, self.newest] = torch.where(void, 0.0, length)
-            if self.kind == "I":
-                old = (t * self.last[1]).sum(dim=1)
-                self.in_r[:, self.newest] = torch.where(void, 0.0, old)
-            self.use[:, self.newest] = ~void
+                unit = unit.masked_fill(void, 0.0)
+            self.unit[:, self.newest] = unit
+            self.apart[:, self.newest] = True
         self.last = (v, r)
 
-    def update_gram(self, damping: float) -> Tensor:
-        """The Gram matrices' row and column of the newest difference; returns ⟨t_i, r⟩."""
+    def update_gram(self, damping: float) -> None:
+        """The products with the newest difference and with the newest residual."""
         assert self.last is not None
-        k, at, r = self.filled, self.newest, self.last[1]
+        k, at = self.filled, self.newest
         T, U = self.ring[:, :k].unbind(2)
-        t = self.ring[:, at, 0]
-        in_t, in_r = _products(T, torch.stack((t, r), dim=1)).unbind(1)
+        t, unit = self.ring[:, at, 0], self.unit[:, None, :k]
+        products = _products(T, torch.stack((t, self.last[1]), dim=1)) * unit
+        own = self.unit[:, at, None]
+        in_t, in_r = products[:, 0] * own, products[:, 1]
         if self.kind == "II":
             self.gram[:, :k, at] = self.gram[:, at, :k] = in_t
         else:
             self.gram_s[:, :k, at] = self.gram_s[:, at, :k] = in_t
-            self.gram[:, at, :k] = (_products(U, t[:, None])[:, 0] - in_t) / damping
-            # y is the difference of two r, of which all products are known.
-            self.gram[:, :k, at] = in_r - self.in_r[:, :k]
-            self.in_r[:, :k] = in_r
-        return in_r
+            # y is the difference of two r, of which all products are known but the newest t's.
+            self.gram[:, :k, at] = (in_r - self.in_r[:, :k]) * own
+            in_u = (_products(U, t[:, None]) * unit)[:, 0] * own
+            self.gram[:, at, :k] = (in_u - in_t) / damping
+        self.in_r[:, :k] = in_r
 
     def mix(self, plain: Tensor, c: Tensor) -> Tensor:
         """plain − Σ c_i u_i, ``(B, n)``."""
@@ -209,30 +219,23 @@ class AndersonState:
         step = torch.baddbmm(plain[:, None].to(u.dtype), c[:, None].to(u.dtype), u, alpha=-1)
         return step[:, 0].to(plain.dtype)
 
-    def independent(self, use: Tensor) -> Tensor:
-        """Which of the differences in ``use`` are not, nearly, combinations of newer ones."""
+    def look_apart(self) -> None:
+        """Find which differences are not, nearly, combinations of newer ones."""
         k, m = self.filled, self.ring.shape[1]
         # Slots from the newest to the oldest; read the other way, it is the same permutation.
-        order = (self.pushed - 1 - torch.arange(k, device=use.device)) % m
-        use = use[:, order]
-        unit = torch.where(use, 1 / torch.where(use, self.length[:, order], 1.0), 0.0)
-        gram = _scaled(self.gram_s[:, order][:, :, order], unit)
-        gram = gram + torch.diag_embed(torch.where(use, 1e-14, 1.0))
-        # The Cholesky factor's diagonal is each unit difference's distance to the span before it.
+        order = (self.newest - torch.arange(k, device=self.unit.device)) % m
+        gram = self.gram_s[:, order[:, None], order]
+        # The Cholesky factor's diagonal is each unit difference's distance to the span before it;
+        # what is added hides rounding, and no distance that is asked about.
+        gram.diagonal(dim1=1, dim2=2).add_(ROUNDING)
         factor, _ = torch.linalg.cholesky_ex(gram)
-        distance = torch.nan_to_num(factor.diagonal(dim1=1, dim2=2))
-        return (distance > INDEPENDENT)[:, order]
+        self.apart[:, :k] = (factor.diagonal(dim1=1, dim2=2) > INDEPENDENT)[:, order]
 
     def forget(self, mask: Tensor) -> None:
         """Leave out all differences of the problems in ``mask``, and their next one."""
-        self.use &= ~mask[:, None]
+        for products in (self.gram, self.gram_s, self.in_r, self.unit):
+            products.masked_fill_(mask.reshape(-1, *[1] * (products.dim() - 1)), 0.0)
         self.fresh = mask if self.fresh is None else self.fresh | mask
-
-
-def _scaled(gram: Tensor, unit: Tensor) -> Tensor:
-    """Each row and column times its number in ``unit``; zeros where that is 0."""
-    scale = unit[:, :, None] * unit[:, None]
-    return torch.where(scale != 0, gram * scale, 0.0)
 
 
 def _products(window: Tensor, rows: Tensor) -> Tensor:

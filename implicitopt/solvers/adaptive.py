@@ -140,4 +140,4 @@ class AdaptiveState:
         self.best = choose(better, Point(sweep.f, sweep.mu, point.x), self.best)
         self.score = torch.where(better, score, self.score)
         self.off = torch.where(better, residuals.z, self.off)
-        self.lowest = torch.fmin(residuals.total, self.lowest)  # past NaN
+        self.lowest = torch.fmin(sweep.total, self.lowest)  # past NaN

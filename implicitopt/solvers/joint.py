@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -169,12 +170,13 @@ class Joint:
             return mixed
         reach = REACH if self.reach is None else self.reach
         longest = torch.maximum(reach * whole, SHARE_OF_PLAIN * norm(r))
-        length = norm(mixed - v)
-        far = (length > longest) & torch.isfinite(length)
+        step = mixed - v
+        length = norm(step)
+        far = (length > longest) & (length < math.inf)
         if not some(far):
             return mixed
-        share = torch.where(far, longest / torch.where(far, length, 1.0), 1.0)[:, None]
-        return torch.where(far[:, None], v + share.to(v.dtype) * (mixed - v), mixed)
+        share = (longest / length).to(v.dtype)[:, None]
+        return torch.where(far[:, None], v + share * step, mixed)
 
     def restart(self, state: JointState, mask: Tensor) -> JointState:
         quarter = torch.where(mask[:, None], 0.25, 1.0).to(state.alpha.dtype)
@@ -203,6 +205,6 @@ class JointState:
     def fit_alpha(self, point: Point, sweep: Sweep) -> None:
         """α_x as it is, or less where a plain step would be too long."""
         reach, size = self.longest * (1 + norm(point.x)), norm(sweep.grad)
-        long = (size > reach) & torch.isfinite(size)
+        long = (size > reach) & (size < math.inf)
         share = torch.where(long, reach / torch.where(long, size, 1.0), 1.0)
         self.alpha = torch.minimum(self.alpha, share[:, None].to(self.alpha.dtype))

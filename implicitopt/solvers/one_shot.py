@@ -8,6 +8,7 @@ them: whether the last step is kept (sufficient decrease of L), and where the ne
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -89,7 +90,7 @@ class OneShot:
         self, kkt: KKT, point: Point, sweep: Sweep, state: OneShotState
     ) -> tuple[Point, OneShotState]:
         state.measure(kkt, point, sweep)
-        keep, reject = state.judge(point)
+        keep, reject = state.judge(point, sweep)
         decided = keep | reject
         moved = self._refine(point, sweep, state)
         if some(decided):
@@ -185,13 +186,13 @@ class OneShotState:
 
     def measure(self, kkt: KKT, point: Point, sweep: Sweep) -> None:
         """L, ∇ₓL and how they depend on the residual, from this sweep and the one before."""
-        z, mu, x = point
-        residual = torch.sqrt(norm(sweep.f - z) ** 2 + norm(sweep.mu - mu) ** 2)
-        value = (sweep.value + (mu * (sweep.f - z)).sum(dim=1)).to(residual.dtype)
+        relative, whole = sweep.residuals, sweep.sizes.whole
+        residual = whole * torch.sqrt(relative.z**2 + relative.mu**2)
+        value = (sweep.value + sweep.coupling).to(residual.dtype)
         same_x = self.sweeps > 0
 
         def update(new: Tensor, old: Tensor, fade: float) -> Tensor:
-            return torch.where(same_x & torch.isfinite(new), torch.maximum(new, fade * old), old)
+            return torch.where(same_x & (new < math.inf), torch.maximum(new, fade * old), old)
 
         rate = ratio(residual, self.residual).clamp(0.1, SLOWEST)
         self.rate = update(rate, self.rate, 0.9)
@@ -200,10 +201,10 @@ class OneShotState:
         self.grad_factor = update(by_grad, self.grad_factor, 0.5)
         self.value_factor = update(by_value, self.value_factor, 0.5)
         self.grad, self.value, self.residual = sweep.grad, value, residual
-        self.tangent = _tangent(kkt, x, sweep.grad)
+        self.tangent = _tangent(kkt, point.x, sweep.grad)
         self.size = norm(self.tangent)
 
-    def judge(self, point: Point) -> tuple[Tensor, Tensor]:
+    def judge(self, point: Point, sweep: Sweep) -> tuple[Tensor, Tensor]:
         """Which trials become the center, and which are rejected; the others need more sweeps."""
         eps = torch.finfo(self.value.dtype).eps
         q = self.rate
@@ -212,7 +213,7 @@ class OneShotState:
         self.value_error = value_error
         accurate = (self.grad_factor > 0) & (grad_error <= self.accuracy * self.size)
         # Factors measured at another x hold for small residuals.
-        near = self.residual <= 0.1 * (1 + norm(point.z) + norm(point.mu))
+        near = self.residual <= 0.1 * sweep.sizes.whole
         accurate &= (self.sweeps > 0) | (self.centered & near)
         rested = self.residual == 0
         late = self.sweeps >= MOST_SWEEPS

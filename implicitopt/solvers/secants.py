@@ -14,7 +14,7 @@ __all__ = ["Secants", "ratio"]
 
 def ratio(a: Tensor, b: Tensor) -> Tensor:
     """a / b, and 0 where b is 0."""
-    return torch.where(b != 0, a / torch.where(b != 0, b, torch.ones_like(b)), torch.zeros_like(a))
+    return torch.where(b != 0, a / b, 0.0)
 
 
 @dataclass
@@ -47,50 +47,66 @@ class Secants:
         """Forget the differences of the problems in ``mask``."""
         self.count = torch.where(mask, torch.zeros_like(self.count), self.count)
 
-    def newest(self, age: int) -> list[Tensor]:
-        """The difference ``age`` steps before the last one; zeros where there is none."""
-        memory = self.rings[0].shape[1]
-        slot = ((self.count - 1 - age) % memory)[:, None, None]
-        there = (self.count > age)[:, None]
-        found = [ring.gather(1, slot.expand(-1, 1, ring.shape[2]))[:, 0] for ring in self.rings]
-        return [torch.where(there, row, torch.zeros_like(row)) for row in found]
-
     def quasi_newton(self, g: Tensor, scale: Tensor) -> Tensor:
-        """−H g by the L-BFGS two-loop recursion over the pairs (dx, dg), H₀ = ``scale`` at first.
+        """−H g, H the L-BFGS inverse of the pairs (dx, dg) with H₀ = ``scale`` at first.
 
-        Source: Nocedal and Wright, "Numerical optimization", algorithm 7.4.
+        With the pairs as rows of S and Y, oldest first, R the upper triangle of S Yᵀ, D its
+        diagonal, and γ the scale or, from the newest pair, sᵀy / yᵀy,
+
+            a = R⁻¹ S g,   H g = γ g + Sᵀ R⁻ᵀ (D a + γ (Y Yᵀ a − Y g)) − γ Yᵀ a.
+
+        Source: Byrd, Nocedal and Schnabel, "Representations of quasi-Newton matrices", 1994, 3.1.
         """
-        q, terms = g.to(scale.dtype), []
-        for age in range(self.rings[0].shape[1]):
-            s, y = (row.to(scale.dtype) for row in self.newest(age))
-            inverse = ratio(torch.ones_like(scale), (s * y).sum(dim=1))
-            a = inverse * (s * q).sum(dim=1)
-            q = q - a[:, None] * y
-            terms.append((a, inverse, s, y))
-        _, _, s, y = terms[0]
-        fitted = ratio((s * y).sum(dim=1), (y * y).sum(dim=1))
-        q = q * torch.where(fitted > 0, fitted, scale)[:, None]
-        for a, inverse, s, y in reversed(terms):
-            q = q + (a - inverse * (y * q).sum(dim=1))[:, None] * s
-        return -q.to(g.dtype)
+        S, Y = self.rings
+        m = S.shape[1]
+        ages = torch.arange(m, device=g.device)
+        slots = (self.count[:, None] + ages) % m  # from the oldest to the newest
+        there = ages >= m - self.count[:, None]
+
+        def ordered(products: Tensor) -> Tensor:
+            products = products.gather(1, slots[..., None].expand_as(products))
+            return products.gather(2, slots[:, None].expand(-1, m, -1))
+
+        SY, YY = ordered((S @ Y.mT).double()), ordered((Y @ Y.mT).double())
+        pairs = there[:, :, None] & there[:, None]
+        R = torch.where(pairs, SY, 0.0).triu()
+        D = R.diagonal(dim1=1, dim2=2).clone()
+        fitted = ratio(D[:, -1], YY[:, -1, -1])
+        gamma = torch.where(fitted > 0, fitted, scale.double())[:, None]
+        R.diagonal(dim1=1, dim2=2).masked_fill_(~there, 1.0)
+        Sg, Yg = ((rows @ g[..., None])[..., 0].double().gather(1, slots) for rows in (S, Y))
+        a = _triangular(R, torch.where(there, Sg, 0.0), upper=True)
+        inner = D * a + gamma * ((YY @ a[..., None])[..., 0] - Yg)
+        b = _triangular(R.mT, torch.where(there, inner, 0.0), upper=False)
+        back = (ages - self.count[:, None]) % m
+        along_s, along_y = b.gather(1, back), (gamma * a).gather(1, back)
+        step = along_y.to(g.dtype)[:, None] @ Y - along_s.to(g.dtype)[:, None] @ S
+        return step[:, 0] - (gamma * g).to(g.dtype)
 
     def predict(self, dx: Tensor) -> list[Tensor]:
         """What the other quantities do when the first moves by ``dx``: least squares."""
-        used = torch.arange(self.rings[0].shape[1], device=dx.device) < self.count[:, None]
-        first = torch.where(used[..., None], self.rings[0], 0.0).double()
-        length = torch.linalg.vector_norm(first, dim=2)
-        unit = ratio(torch.ones_like(length), length)
-        first = first * unit[..., None]
-        eye = torch.eye(first.shape[1], dtype=first.dtype, device=first.device)
-        gram = first @ first.mT + 1e-6 * eye
-        c, _ = torch.linalg.solve_ex(gram, first @ dx.double()[..., None])
-        weights = torch.nan_to_num(c[..., 0] * unit).to(dx.dtype)
-        weights = torch.where(used, weights, 0.0)[:, None]
+        first = self.rings[0]
+        used = torch.arange(first.shape[1], device=dx.device) < self.count[:, None]
+        gram = (first @ first.mT).double()
+        square = gram.diagonal(dim1=1, dim2=2)
+        unit = torch.where(used & (square > 0), square.rsqrt(), 0.0)
+        gram = torch.where(used[:, :, None] & used[:, None], gram, 0.0)
+        gram = gram * unit[:, :, None] * unit[:, None]
+        gram.diagonal(dim1=1, dim2=2).add_(1e-6)
+        rhs = torch.where(used, (first @ dx[..., None])[..., 0].double(), 0.0) * unit
+        c, _ = torch.linalg.solve_ex(gram, rhs[..., None])
+        weights = torch.nan_to_num(c[..., 0] * unit).to(dx.dtype)[:, None]
         return [(weights @ ring)[:, 0] for ring in self.rings[1:]]
+
+
+def _triangular(matrix: Tensor, rhs: Tensor, *, upper: bool) -> Tensor:
+    """The solution of one triangular system for each problem, ``(B, m)``."""
+    found: Tensor = torch.linalg.solve_triangular(matrix, rhs[..., None], upper=upper)[..., 0]
+    return found
 
 
 def clip(step: Tensor, radius: Tensor) -> Tensor:
     """``step`` shortened to at most ``radius``, per problem."""
     length = norm(step)
-    share = torch.where(length > radius, ratio(radius, length), torch.ones_like(length))
+    share = torch.where(length > radius, radius / length, 1.0)
     return step * share[:, None].to(step.dtype)
