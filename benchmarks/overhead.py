@@ -2,7 +2,8 @@
 
 A bare sweep is f, its transposed product, and the loss with its gradient: ``KKT.sweep`` without
 its norms. Solves of as many steps are timed in turn with as many bare sweeps, CPU time on one
-thread, and the medians of the ratios are shown.
+thread, and the medians of the ratios are shown. And counted, which no other load disturbs: the
+tensor operations of a step, each a kernel to launch on a GPU.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from tabulate import tabulate
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.clock import one_thread
 from benchmarks.families import linear_quadratic, tanh
@@ -23,7 +25,10 @@ from implicitopt.iteration import iterate
 from implicitopt.select import Best
 from implicitopt.solve import _prepare
 
-__all__ = ["mdeq", "measure", "table"]
+__all__ = ["mdeq", "measure", "operations", "table"]
+
+#: The row of the table that is counted.
+OPERATIONS = "tensor operations of a step, tanh"
 
 SOLVERS: dict[str, Callable[[], Any]] = {
     "default": Adaptive,
@@ -90,14 +95,43 @@ def ratios(arguments: tuple[Any, ...], steps: int, repeats: int) -> dict[str, An
     return {"ms": 1e3 * median(plain), **{name: median(each) for name, each in found.items()}}
 
 
+class _Operations(TorchDispatchMode):
+    """Counts the tensor operations that are called under it."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.count += 1
+        return operation(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def operations(arguments: tuple[Any, ...], solver: Any, between: tuple[int, int] = (12, 52)) -> int:
+    """Tensor operations, views too, of a step of the solver with its sweep: a mean over steps."""
+    kkt, start, _ = _prepare(*arguments, None, False, None)
+    counts = []
+    for steps in between:
+        with _Operations() as seen:
+            iterate(kkt, solver, start, max_steps=steps, tol=0, rule=Best())
+        counts.append(seen.count)
+    return round((counts[1] - counts[0]) / (between[1] - between[0]))
+
+
 def measure(*, quick: bool, bar: Callable[..., Any]) -> dict[str, dict[str, float]]:
-    """problem -> solver -> a step's time over a bare sweep's; "ms" is that of the sweep."""
+    """problem -> solver -> a step's time over a bare sweep's; "ms" is that of the sweep.
+
+    And, under ``OPERATIONS``, solver -> operations of a step on a tanh map.
+    """
     steps, repeats = (10, 1) if quick else (60, 5)
     with one_thread():
-        return {
+        found = {
             name: ratios(make(), steps, repeats)
             for name, make in bar(problems(quick).items(), desc="overhead")
         }
+    found[OPERATIONS] = {name: operations(tanh("gauss"), make()) for name, make in SOLVERS.items()}
+    return found
 
 
 def table(found: dict[str, dict[str, float]]) -> str:
@@ -105,6 +139,8 @@ def table(found: dict[str, dict[str, float]]) -> str:
     rows = [
         [name, f"{row['ms']:.2f}", *(f"{row[solver]:.2f}" for solver in SOLVERS)]
         for name, row in found.items()
+        if name != OPERATIONS
     ]
+    rows.append([OPERATIONS, "", *(str(found[OPERATIONS][solver]) for solver in SOLVERS)])
     header = ["a step over a bare sweep", "bare, ms", *SOLVERS]
     return tabulate(rows, header, tablefmt="github", disable_numparse=True)

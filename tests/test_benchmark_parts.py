@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import bilevel, equilibria, families, gradients, memory, peers, warm
+from benchmarks import bilevel, equilibria, families, gradients, memory, overhead, peers, warm
 from benchmarks.accuracy import relative_error
 
 
@@ -206,3 +206,13 @@ def test_a_joint_solve_holds_its_window_and_little_more():
     found = memory.measure(quick=True, bar=bar)
     for kept in (10, 20):
         assert found[f"Joint, memory {kept}"]["vectors over"] <= 2 * kept + 8
+
+
+@pytest.mark.parametrize(
+    ("solver", "most"),
+    [("default", 360), ("Joint, memory 10", 330), ("OneShot", 720)],
+)
+def test_a_step_makes_few_operations(solver, most):
+    """On a GPU each is a kernel to launch; on small problems they are most of a step's time."""
+    made = overhead.operations(families.tanh("gauss"), overhead.SOLVERS[solver](), (12, 22))
+    assert made <= most
