@@ -27,6 +27,7 @@ from torch.nn.functional import cross_entropy
 
 import implicitopt
 from benchmarks.clock import interleaved
+from benchmarks.decoders import examples_module
 from benchmarks.gradients import bare_sweep
 from benchmarks.graphed import Graphed
 
@@ -69,7 +70,7 @@ def ready(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
 
 def attack(batch: int, device: torch.device, steps: int = 80) -> Case:
     """MDEQ small: the change of an image, in the unit ball, that a classifier takes worst."""
-    from mdeq import Classifier
+    Classifier = examples_module("mdeq").Classifier
 
     torch.manual_seed(0)
     model = ready(Classifier((1, 28), (24, 24)), device)
@@ -88,7 +89,7 @@ def attack(batch: int, device: torch.device, steps: int = 80) -> Case:
 
 def inversion(batch: int, device: torch.device, steps: int = 40) -> Case:
     """MDEQ large: the codes of given images."""
-    from mdeq import Decoder
+    Decoder = examples_module("mdeq").Decoder
 
     torch.manual_seed(0)
     model = ready(Decoder(128, (3, 64), (32, 64, 128, 256)), device)

@@ -66,11 +66,11 @@ def decoder(steps: int, count: int = 8) -> Callable[[float], Case]:
     """λ -> the inversion of a decoder that was trained for so many steps on digits."""
     from sklearn.datasets import load_digits
 
-    from mdeq import Decoder
+    from benchmarks.decoders import examples_module
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = Decoder(16, image=(1, 8), channels=(8, 8)).double()
+        model = examples_module("mdeq").Decoder(16, image=(1, 8), channels=(8, 8)).double()
     images = torch.from_numpy(load_digits().images).unsqueeze(1) / 16
     theta = tuple(model.parameters())
     z0 = torch.zeros(count, model.cell.width, dtype=torch.float64)

@@ -96,7 +96,7 @@ def _look(
     ]
     if kkt.project is not None:
         looks.append(("projection", lambda: findings.projection(kkt, x, directions)))
-    with torch.no_grad():
+    with inputs.without_gradient():
         for name, look in looks:
             try:
                 found.append(look())

@@ -24,6 +24,7 @@ from implicitopt.inputs import (
     refuse_transforms,
     same_kind,
     tensors,
+    without_gradient,
 )
 from implicitopt.kkt import at_hand, norm
 from implicitopt.options import check_callable, check_option
@@ -158,7 +159,7 @@ def fixed_point(
     def image(z: Tensor, at: Tree) -> Tensor:
         return layout.flatten(call_unchanged(f, layout.unflatten(z), at), "f(z, x)").to(z.dtype)
 
-    with torch.no_grad():
+    with without_gradient():
         z, residual, _ = picard_to_rest(
             lambda z: image(z, constant), start, accelerator, max_steps=max_steps, tol=tol
         )

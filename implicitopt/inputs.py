@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -29,6 +31,8 @@ __all__ = [
     "same_kind",
     "shapes",
     "tensors",
+    "warn_of_gradient",
+    "without_gradient",
 ]
 
 
@@ -138,6 +142,20 @@ def detached(tree: Tree) -> Tree:
     return pytree.tree_map(detach, tree)
 
 
+def warn_of_gradient(**starts: Any) -> None:
+    """Warn where a start asks for a gradient: it gets none, as no solution depends on its start."""
+    for name, tree in starts.items():
+        asked = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in leaves(tree))
+        if asked and torch.is_grad_enabled():
+            warnings.warn(
+                f"{name} requires a gradient and will get none: the solution does not depend on "
+                f"where it starts. Pass {name}.detach(), and let f or the loss read what should "
+                "get one.",
+                UserWarning,
+                stacklevel=4,
+            )
+
+
 def refuse_transforms(name: str) -> None:
     """Raise inside of ``torch.func``'s transforms: autograd, which ``name`` needs, is off there."""
     if torch._C._are_functorch_transforms_active():
@@ -155,6 +173,19 @@ def out_of_inference(tree: Tree) -> Tree:
         return leaf.clone() if isinstance(leaf, Tensor) and leaf.is_inference() else leaf
 
     return pytree.tree_map(copy, tree)
+
+
+@contextlib.contextmanager
+def without_gradient() -> Iterator[None]:
+    """``torch.no_grad()``, after which autocast does not reuse the casts of weights made in it.
+
+    They have no gradient, and torch 2.5 gives them to calls that want one as well.
+    """
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        torch.clear_autocast_cache()
 
 
 def _copied(tree: Tree) -> Tree:
@@ -234,7 +265,11 @@ def _call(name: str, function: Callable[..., Any], *arguments: tuple[str, Tree])
         ]
         flat = [leaves(tree) for tree in trees]
         versions = [[leaf._version for leaf in found] for found in flat]
-        value = function(*trees)
+        try:
+            value = function(*trees)
+        except Exception as error:
+            _add_note(error, name, arguments)
+            raise
     for (label, tree), found, before in zip(arguments, flat, versions, strict=True):
         for leaf, given, version in zip(found, leaves(tree), before, strict=True):
             # Writes through .data leave the version as it is.
@@ -242,6 +277,23 @@ def _call(name: str, function: Callable[..., Any], *arguments: tuple[str, Tree])
             if leaf._version != version or not same:
                 raise _changed(name, label)
     return value
+
+
+def _add_note(error: Exception, name: str, arguments: tuple[tuple[str, Tree], ...]) -> None:
+    """Say what the function was called with, below torch's message (from Python 3.11 on).
+
+    Exceptions of other types are of the caller's making, and pass as they are.
+    """
+    if type(error) not in (RuntimeError, TypeError) or not hasattr(error, "add_note"):
+        return
+    called = ", ".join(label for label, _ in arguments)
+    given = " and ".join(
+        f"{label} {shapes(tree)} {leaves(tree)[0].dtype}" for label, tree in arguments
+    )
+    error.add_note(
+        f"{name} raised this when it was called as {name}({called}) with {given}. The state comes "
+        f"first; z0 must have the shapes of a state, and x0 and z0 the dtype of the parameters."
+    )
 
 
 def call_unchanged(f: Callable[[Tree, Tree], Tree], z: Tree, x: Tree) -> Tree:

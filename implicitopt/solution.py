@@ -46,7 +46,10 @@ class Status(IntEnum):
 
 _ADVICE = {
     Status.CONVERGED: "the relative KKT residual is at most tol",
-    Status.MAX_STEPS: "max_steps ran out first; raise max_steps, or loosen tol",
+    Status.MAX_STEPS: (
+        "max_steps ran out first; raise max_steps, or loosen tol; if that does not help, run "
+        "implicitopt.check(f, loss, x0, z0)"
+    ),
     Status.STALLED: (
         "neither the loss nor the KKT residual improved for many steps; loosen tol, use float64, "
         "or run implicitopt.check(f, loss, x0, z0)"
@@ -79,7 +82,7 @@ class SolveError(RuntimeError):
 class AdjointReport:
     """How the linear solves of the last backward pass through a solution went.
 
-    Every field is ``None`` until ``.backward()`` has run.
+    But for ``point``, every field is ``None`` until ``.backward()`` has run.
 
     >>> import torch, implicitopt
     >>> target = torch.ones(2, 3, requires_grad=True)
@@ -96,6 +99,7 @@ class AdjointReport:
     residual: Tensor | None = None  #: true relative residual ‖Hw − c‖ / ‖c‖, ``(B,)``
     steps: Tensor | None = None  #: Krylov iterations per problem, ``(B,)``
     products: int = 0  #: Jacobian products over all backward passes so far
+    point: Tensor | None = None  #: `Status` of the solve at whose point they were made, ``(B,)``
 
 
 @dataclass(frozen=True)

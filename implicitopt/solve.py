@@ -22,6 +22,8 @@ from implicitopt.inputs import (
     refuse_transforms,
     same_kind,
     tensors,
+    warn_of_gradient,
+    without_gradient,
 )
 from implicitopt.iteration import Outcome, Progress, Solver, iterate
 from implicitopt.kkt import KKT, Point, Residuals
@@ -144,7 +146,7 @@ def solve(
         _check_subset(subset, solver)
     kkt, start, shape = _prepare(f, loss, x0, z0, project, maximize, warm_start)
     tol = default_tol(start.x.dtype) if tol is None else float(tol)
-    with torch.no_grad():
+    with without_gradient():
         outcome = iterate(
             kkt,
             solver,
@@ -255,6 +257,7 @@ def _prepare(
     check_callable("loss", loss, "loss(z, x)")
     first = tensors("x0", x0)[0]
     check_finite("x0", x0)
+    warn_of_gradient(x0=x0, z0=z0)
     x0 = detached(x0)
     if warm_start is not None:
         check_warm_start(warm_start, x0)
@@ -280,7 +283,7 @@ def _attach(
     kkt: KKT, outcome: Outcome, adjoint: Adjoint, shape: tuple[int, ...], tol: float
 ) -> Solution:
     """Give the solution its gradient, and its problems the shapes they came in."""
-    report, work = AdjointReport(), replace(kkt.work)
+    report, work = AdjointReport(point=outcome.status), replace(kkt.work)
     point, value = outcome.point, outcome.value
     if torch.is_grad_enabled():
         sound = outcome.status != torch.full_like(outcome.status, Status.NONFINITE)

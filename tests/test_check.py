@@ -372,3 +372,20 @@ def test_half_precision(dtype):
         quiet=True,
     )
     assert report.ok, str(report)
+
+
+def test_one_number_for_what_may_be_a_batch_is_pointed_out():
+    def f(z, x):
+        return torch.tanh(0.5 * z + x)
+
+    x0 = torch.zeros(6, 2)
+    report = implicitopt.check(f, lambda z, x: (z - 1).square().mean(), x0, quiet=True)
+    assert report.ok
+    assert "let it return shape (6,)" in report["coupling"].detail
+    alone = implicitopt.check(f, lambda z, x: (z - 1).square().mean(), x0[0], quiet=True)
+    assert alone["coupling"].detail == "only one problem"
+    tree = implicitopt.check(
+        lambda z, x: {"a": torch.tanh(z["a"] + x.sum())}, lambda z, x: z["a"].sum() ** 2, x0,
+        {"a": torch.zeros(3)}, quiet=True,
+    )  # fmt: skip
+    assert tree["coupling"].detail == "only one problem"

@@ -309,12 +309,15 @@ def test_envelope_refuses_second_derivatives() -> None:
 
 @pytest.mark.parametrize("adjoint", [Envelope(), Implicit(), FrozenInput()])
 def test_x0_gets_no_gradient(adjoint: Any) -> None:
-    """Nor does what x0 was computed from."""
+    """Nor does what x0 was computed from; a warning says so."""
     problem = TanhProblem.draw(seed=8)
     leaf = problem.x0.clone().requires_grad_()
     x0 = 2 * leaf
     z0 = (0.0 * leaf).sum() + problem.z0
-    sol = implicitopt.solve(problem.f, problem.loss, x0, z0, adjoint=adjoint)
+    with pytest.warns(UserWarning, match="requires a gradient and will get none") as caught:
+        sol = implicitopt.solve(problem.f, problem.loss, x0, z0, adjoint=adjoint)
+    assert [str(warning.message)[:2] for warning in caught] == ["x0", "z0"]
+    assert caught[0].filename == __file__
     total = sol.value.sum()
     if isinstance(adjoint, Implicit):
         total = total + outer(sol.x, sol.z, sol.mu)
@@ -473,3 +476,20 @@ def test_jacobian_penalty_of_one_problem() -> None:
     assert values[0].shape == (1,)
     assert values[1].shape == ()
     assert relative(values[1], values[0][0]) <= 1e-14
+
+
+def test_a_failed_adjoint_system_at_no_solution_says_to_solve_first() -> None:
+    def solved_in(max_steps: int) -> implicitopt.Solution:
+        problem = TanhProblem.draw(seed=8)
+        return implicitopt.solve(
+            problem.f, problem.loss, problem.x0, problem.z0,
+            adjoint=Implicit(max_steps=2), tol=1e-8, max_steps=max_steps,
+        )  # fmt: skip
+
+    with pytest.warns(AdjointWarning, match="The solve itself had not converged in"):
+        solved_in(3).x.sum().backward()
+    late = solved_in(500)
+    assert late.converged.all()
+    with pytest.warns(AdjointWarning) as caught:
+        late.x.sum().backward()
+    assert "The solve itself" not in str(caught[0].message)

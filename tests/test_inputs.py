@@ -1,6 +1,7 @@
 """A wrong input is refused at once, with what was expected, what came and what to do."""
 
 import re
+import sys
 from functools import partial
 
 import pytest
@@ -452,8 +453,11 @@ def test_good_calls_that_look_odd():
     assert not strided.is_contiguous()
     assert same(plain, go(strided))
     assert same(plain, go(x0.t().contiguous().t()))
-    assert same(plain, go(x0.clone().requires_grad_()))
-    assert same(plain, go(torch.nn.Parameter(x0)))
+    for asking in (x0.clone().requires_grad_(), torch.nn.Parameter(x0)):
+        with pytest.warns(UserWarning, match=r"Pass x0\.detach\(\)"):
+            assert same(plain, go(asking))
+        with torch.no_grad():
+            assert same(plain, go(asking))
     assert same(plain, go(inference))
     assert same(plain, go(x0, torch.zeros_like))
     assert same(plain, go(x0, torch.zeros(1, 1, dtype=x0.dtype).expand(B, N)))
@@ -521,3 +525,16 @@ def test_nested_containers_come_back():
         max_steps=3,
     )  # fmt: skip
     assert pytree.tree_structure(sol.x) == pytree.tree_structure(x0)
+
+
+def test_torchs_errors_in_f_say_what_it_was_called_with():
+    if sys.version_info < (3, 11):
+        pytest.skip("exceptions have no notes before Python 3.11")
+    W = torch.eye(3)
+    with pytest.raises(RuntimeError) as caught:
+        solve(lambda z, x: z @ W + x, lambda z, x: z.sum(1), torch.zeros(4, 3), torch.zeros(4, 2))
+    (note,) = caught.value.__notes__
+    assert "f(z, x) with z (4, 2) torch.float32 and x (4, 3) torch.float32" in note
+    with pytest.raises(RuntimeError) as caught:
+        solve(lambda z, x: 0.5 * z + x, lambda z, x: (z @ W[:2]).sum(1), torch.zeros(4, 3))
+    assert "loss(z, x) with z (4, 3)" in caught.value.__notes__[0]

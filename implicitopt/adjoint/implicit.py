@@ -258,12 +258,20 @@ class _System:
         if not bool(solved.all()):
             worst = result.residual[torch.isfinite(result.residual)]
             largest = worst.max().item() if len(worst) else float("nan")
+            point = self.report.point
+            away = 0 if point is None else int((point != Status.CONVERGED).sum())
+            unsettled = (
+                f" The solve itself had not converged in {away} of them: raise its max_steps "
+                "first, since away from a solution the gradient means little however well its "
+                "system is solved."
+            )
             warnings.warn(
                 f"the adjoint system of {int((~solved).sum())} of {len(solved)} problems was not "
                 f"solved to the relative residual {self.options.tolerance(c.dtype):.0e} in "
                 f"{self.options.max_steps} steps (worst {largest:.1e}): their gradient is "
                 "approximate, and zero where it was not finite. See sol.adjoint; raise max_steps, "
-                "loosen tol, pass a preconditioner, or regularize x in the loss.",
+                "loosen tol, pass a preconditioner, or regularize x in the loss."
+                + (unsettled if away else ""),
                 AdjointWarning,
                 stacklevel=2,
             )

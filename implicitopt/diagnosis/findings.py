@@ -81,7 +81,7 @@ def _small(rows: Tensor) -> float:
 def coupled(kkt: KKT, z: Tensor, x: Tensor, directions: Directions) -> Finding:
     """Batch norm, and all else that lets one problem change another."""
     if len(z) == 1:
-        return Finding("coupling", None, "only one problem")
+        return Finding("coupling", None, "only one problem" + _perhaps_a_batch(kkt))
     functions: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
         "f": (kkt.state_map, (z, x)),
         "loss": (kkt.objective, (z, x)),
@@ -108,6 +108,20 @@ def coupled(kkt: KKT, z: Tensor, x: Tensor, directions: Directions) -> Finding:
                 remedy,
             )  # fmt: skip
     return Finding("coupling", True, "no problem changes when the others do")
+
+
+def _perhaps_a_batch(kkt: KKT) -> str:
+    """What to say where the loss is one number though x and z share their first dimension."""
+    shapes = [*kkt.x_layout.shapes, *kkt.z_layout.shapes]
+    size = shapes[0][0] if shapes[0] else 1
+    alike = all(len(shape) > 1 and shape[0] == size for shape in shapes)
+    if kkt.x_layout.batched or size == 1 or not alike:
+        return ""
+    return (
+        f", since the loss is one number. If dim 0 of x and z, {size}, is a batch, let it return "
+        f'shape ({size},), with reduction="none" or by .mean over the other dimensions: else all '
+        "share one step size and one status, and project acts on all of them together"
+    )
 
 
 def plain(kkt: KKT, z: Tensor, x: Tensor) -> Finding:
