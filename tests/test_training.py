@@ -190,6 +190,7 @@ def test_an_epoch_visits_every_item_once_in_batches_of_nearly_one_size():
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of .lr_scheduler.step")
+@pytest.mark.filterwarnings("ignore:The epoch parameter in .scheduler.step")  # torch 2.5's own
 def test_the_learning_rate_is_that_of_torchs_schedulers():
     optimizer = torch.optim.Adam([torch.zeros(1, requires_grad=True)], lr=0.3)
     warm = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.25, total_iters=3)
@@ -313,7 +314,9 @@ def assert_kills_do_not_matter(folder: Path, points: list[int]) -> None:
     for steps in points:
         killed_after(out, steps, delays.uniform(0, 0.05), *arguments)
     finish(whole, start(out, *arguments, "--resume"))
-    weights = [torch.load(folder / name / "weights-0.pt") for name in ("whole", "parts")]
+    weights = [
+        torch.load(folder / name / "weights-0.pt", weights_only=True) for name in ("whole", "parts")
+    ]
     assert same(*weights)
     assert [row["loss"] for row in journal(out)] == [
         row["loss"] for row in journal(folder / "whole")
@@ -669,7 +672,7 @@ def by_accelerate(out: Path, *arguments: str) -> list[dict[str, Tensor]]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     script = [__file__, f"--out={out}", "--quiet", *arguments]
     subprocess.run([*command, *script], env=environment, check=True, timeout=300)
-    return [torch.load(out / f"weights-{rank}.pt") for rank in range(2)]
+    return [torch.load(out / f"weights-{rank}.pt", weights_only=True) for rank in range(2)]
 
 
 def two_processes(out: Path, *arguments: str) -> list[dict[str, Tensor]]:
@@ -680,7 +683,7 @@ def two_processes(out: Path, *arguments: str) -> list[dict[str, Tensor]]:
     world = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
     finish(*(start(out, *arguments, LOCAL_WORLD_SIZE="2", **world, **rank) for rank in ranks))
-    return [torch.load(out / f"weights-{rank}.pt") for rank in range(2)]
+    return [torch.load(out / f"weights-{rank}.pt", weights_only=True) for rank in range(2)]
 
 
 def assert_two_are_one(folder: Path, *arguments: str, launch=two_processes) -> None:

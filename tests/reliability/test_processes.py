@@ -56,7 +56,9 @@ def test_four_processes_do_what_one_does_on_uneven_batches(tmp_path):
     # 17 items in batches of 5: the four have 2, 1, 1 and 1 items of each, or 1 each.
     processes = launch(tmp_path / "four", 4, "--steps=6")
     assert [end(process)[0] for process in processes] == [0] * 4
-    parts = [torch.load(tmp_path / f"four/weights-{rank}.pt") for rank in range(4)]
+    parts = [
+        torch.load(tmp_path / f"four/weights-{rank}.pt", weights_only=True) for rank in range(4)
+    ]
     assert all(toy.same(parts[0], other) for other in parts[1:])
     one = toy.parse(
         None, {"cpu": toy.Settings()}, [f"--out={tmp_path}/one", "--steps=6"], name="toy"
@@ -91,5 +93,8 @@ def test_where_one_of_two_is_killed_the_other_ends_with_an_error_and_the_checkpo
         launch(tmp_path / "whole", 1, *arguments),
     )
     assert [end(process)[0] for process in (*resumed, *whole)] == [0, 0]
-    ends = [torch.load(tmp_path / name / "weights-0.pt") for name in ("parts", "whole")]
+    ends = [
+        torch.load(tmp_path / name / "weights-0.pt", weights_only=True)
+        for name in ("parts", "whole")
+    ]
     torch.testing.assert_close(*ends, atol=1e-6, rtol=0)
