@@ -302,7 +302,7 @@ def find(problem: Hard, **options: Any) -> Found:
 
 def main() -> None:
     print("| kind | problem | status | loss | optimum | KKT residual | steps |")
-    print("|---|---|---|---|---|---|---|")
+    print("|---|---|---|--:|--:|--:|--:|")
     for problem in ZOO:
         sol, residual = find(problem)
         statuses = sol.status.reshape(-1).tolist()
@@ -314,8 +314,9 @@ def main() -> None:
             known = f"{problem.values[0]:.4g}"
         else:
             known = "not in closed form" if problem.values is None else "none"
+        name = problem.name.replace("|", "\\|")
         print(
-            f"| {problem.kind} | {problem.name} | {named} | {values} | {known} | {worst} "
+            f"| {problem.kind} | {name} | {named} | {values} | {known} | {worst} "
             f"| {int(sol.steps.max())} |"
         )
     print(
