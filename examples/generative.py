@@ -78,6 +78,8 @@ class Settings:
         keep_codes: whether an image's code is kept, with its state, until it comes again; the
             first ones are its principal components. If not, codes start from 0 each time, as in
             the paper, and need more sweeps.
+        hold: share of the training in which kept codes stay where they begin. A step then takes
+            an equilibrium alone, and half the time.
         decay: λ, how strongly codes are drawn towards 0.
         penalty: weight of the Jacobian's size.
         clip: the longest gradient of the weights, as a norm; none: any.
@@ -104,6 +106,7 @@ class Settings:
     plain_rate: float = 1e-3
     sweeps: int = 8
     keep_codes: bool = True
+    hold: float = 0.6
     decay: float = 0.5
     penalty: float = 100.0
     clip: float | None = None
@@ -120,6 +123,11 @@ class Settings:
             raise ValueError(
                 f"methods must be different ones of {', '.join(METHODS)}, jiio first, since its "
                 f"time is what the others get; got {', '.join(self.methods)}."
+            )
+        if not 0 <= self.hold < 1 or (self.hold and not self.keep_codes):
+            raise ValueError(
+                f"hold must be a share, at least 0 and below 1, and 0 where codes are not kept; "
+                f"got {self.hold}. Pass --hold 0, or keep them."
             )
         if self.held_out < 2 or self.race_images < 1:
             raise ValueError(
@@ -163,6 +171,7 @@ PRESETS = {
         penalty=500.0,
         sweeps=40,
         keep_codes=False,
+        hold=0.0,
         test_sweeps=100,
         race_images=48,
         race_sweeps=(5, 10, 20, 40, 60, 80, 100),
@@ -186,9 +195,17 @@ def objective_of(
     if method == "jiio":
         how = search(run, settings.sweeps)
         codes = None
+        visits = settings.steps * settings.batch / len(images)
         if settings.keep_codes:
             codes = Principal(images, settings.latent, run.seed).codes()
-        return Trained(architecture.equilibrium(), images, how, settings.penalty, codes)
+        return Trained(
+            architecture.equilibrium(),
+            images,
+            how,
+            settings.penalty,
+            codes,
+            int(settings.hold * visits),
+        )
     kind = method.removeprefix("mdeq-")
     plain = kind == method
     decoder = architecture.convolutional() if plain else architecture.equilibrium()

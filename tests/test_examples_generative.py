@@ -167,13 +167,49 @@ def test_kept_codes_are_those_of_the_batch_alone():
     objective = Trained(decoder, images, Search(60, 0.1, careful), penalty=1.0, codes=begin)
     loss, logged = objective(torch.tensor([1, 4]))
     loss.backward()
-    nothing = {"codes": begin, "states": 0.0, "multipliers": 0.0}
+    nothing = {"codes": begin, "states": 0.0, "multipliers": 0.0, "visits": 0.0}
     for name in objective.keep:
-        moved = ((objective.get_buffer(name) - nothing[name]) != 0).any(dim=1)
+        moved = ((objective.get_buffer(name) - nothing[name]) != 0).reshape(6, -1).any(dim=1)
         assert moved.tolist() == [False, True, False, False, True, False]
     assert set(logged) == {"mse", "jacobian", "code"}
-    assert objective.keep == ("codes", "states", "multipliers")
+    assert objective.keep == ("codes", "states", "multipliers", "visits")
     assert Trained(decoder, images, Search(4, 0.1), 1.0).keep == ()
+
+
+def test_held_codes_stay_for_so_many_visits_while_the_decoder_learns():
+    decoder, images = tiny()
+    begin = torch.randn(6, 4)
+    how = Search(60, 0.1, implicitopt.Joint(steps=implicitopt.StepSizes(x=0.1)))
+    objective = Trained(decoder, images, how, penalty=0.0, codes=begin, hold=2)
+    bias, rows = decoder.head[1].bias, torch.tensor([1, 4])
+
+    def at_begin() -> torch.Tensor:
+        z = implicitopt.fixed_point(decoder.f, begin[rows], decoder.start, tol=1e-5)
+        return matching(decoder, images[rows] / 255, 0.0)(z, begin[rows]).mean()
+
+    for _ in range(2):
+        value = objective(rows)[0]
+        assert torch.equal(objective.codes, begin)
+        expected = at_begin()
+        assert value.item() == pytest.approx(expected.item(), rel=1e-2)
+        slopes = [torch.autograd.grad(each, bias)[0] for each in (value, expected)]
+        torch.testing.assert_close(*slopes, rtol=0.05, atol=0.05 * slopes[1].abs().max().item())
+    assert (objective.multipliers == 0).all()
+    assert (objective.states[rows] != 0).any(dim=1).all()
+    objective(rows)
+    moved = (objective.codes != begin).any(dim=1)
+    assert moved.tolist() == [False, True, False, False, True, False]
+    # An image that was not there yet is held, and with it those that come in one batch.
+    before = objective.codes.clone()
+    objective(torch.tensor([0, 1]))
+    assert torch.equal(objective.codes, before)
+    assert objective.visits.tolist() == [1, 4, 0, 0, 3, 0]
+
+
+def test_codes_are_held_only_where_they_are_kept():
+    for settings in ({"keep_codes": False}, {"hold": 1.0}, {"hold": -0.1}):
+        with pytest.raises(ValueError, match="hold must be a share"):
+            generative.Settings(**settings)
 
 
 def test_an_image_that_comes_again_goes_on_where_its_last_solve_ended():

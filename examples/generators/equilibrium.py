@@ -4,6 +4,9 @@
 
 The loss at the solution is also the outer loss, so its envelope gradient trains the decoder (JIIO,
 eq. 18–20), and no encoder is needed.
+
+Where images' codes are kept from visit to visit, they may be held at first where they begin: such a
+step takes an equilibrium alone, which costs half a solve.
 """
 
 from __future__ import annotations
@@ -23,6 +26,8 @@ from mdeq import Decoder
 #: A state off its equilibrium may show anything: of a solve, the iterate of least loss among those
 #: with at most this state residual is kept.
 EQUILIBRIUM = implicitopt.Best(small=0.02)
+#: Of the equilibrium at a held code, which begins where the last one ended.
+HELD_TOL = 3e-3
 PENALIZED = 8  # images of a batch whose Jacobian is estimated: it is an average all the same
 
 
@@ -38,7 +43,9 @@ def matching(
     return loss
 
 
-def equilibrium(decoder: Decoder, codes: Tensor, *, steps: int = 200, tol: float = 1e-3) -> Any:
+def equilibrium(
+    decoder: Decoder, codes: Tensor, start: Any = None, *, steps: int = 200, tol: float = 1e-3
+) -> Any:
     """The state of codes, solved on its own. Differentiable, with an inexact adjoint."""
     with warnings.catch_warnings():
         # What is not reached shows as an error of the image, which is what is judged.
@@ -46,7 +53,7 @@ def equilibrium(decoder: Decoder, codes: Tensor, *, steps: int = 200, tol: float
         return implicitopt.fixed_point(
             decoder.f,
             codes,
-            decoder.start,
+            decoder.start if start is None else start,
             max_steps=steps,
             tol=tol,
             adjoint_tol=3e-2,
@@ -87,6 +94,7 @@ class Trained(nn.Module):
         codes: ``(N, latent)``, where the images' codes begin, to go on from the last code, state
             and multiplier when an image comes again. A few sweeps are enough then. None: codes
             start from 0 each time, as the paper's do.
+        hold: visits of an image at which its code is held, before it is solved for.
     """
 
     def __init__(
@@ -96,20 +104,22 @@ class Trained(nn.Module):
         search: Search,
         penalty: float,
         codes: Tensor | None = None,
+        hold: int = 0,
     ) -> None:
         super().__init__()
-        self.decoder, self.search, self.weight = decoder, search, penalty
+        self.decoder, self.search, self.weight, self.hold = decoder, search, penalty, hold
         self.register_buffer("images", images, persistent=False)
         codes = torch.zeros(0, decoder.latent) if codes is None else codes.clone()
         kept, width = len(codes), decoder.cell.width
         self.register_buffer("codes", codes)
         self.register_buffer("states", torch.zeros(kept, width))  # of 0: not visited yet
         self.register_buffer("multipliers", torch.zeros(kept, width))
+        self.register_buffer("visits", torch.zeros(kept))
 
     @property
     def keep(self) -> tuple[str, ...]:
         """The ``keep`` of ``training.fit``."""
-        return ("codes", "states", "multipliers") if len(self.codes) else ()
+        return ("codes", "states", "multipliers", "visits") if len(self.codes) else ()
 
     @torch.no_grad()
     def _start(self, indices: Tensor) -> implicitopt.WarmStart:
@@ -124,6 +134,28 @@ class Trained(nn.Module):
         )
 
     def forward(self, indices: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        held = False
+        if self.keep:
+            held = bool((self.visits[indices] < self.hold).any())
+            self.visits[indices] += 1
+        value, size, codes = self._at_rest(indices) if held else self._solved(indices)
+        logged = {
+            "mse": value / self.images[0].numel(),
+            "jacobian": size,
+            "code": codes.norm(dim=1).mean(),
+        }
+        return value + self.weight * size, logged
+
+    def _at_rest(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The error at the codes as they are, the Jacobian's size there, and the codes."""
+        decoder, target, start = self.decoder, self.images[indices] / 255, self._start(indices)
+        z = equilibrium(decoder, start.x, start.z, steps=30, tol=HELD_TOL)
+        self.states[indices] = decoder.cell.flatten(z).detach()
+        value = matching(decoder, target, 0.0)(z, start.x).mean()
+        return value, penalty(decoder, z, start.x), start.x
+
+    def _solved(self, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The least loss over codes, the Jacobian's size on the way there, and the codes."""
         target = self.images[indices] / 255
         x0 = target.new_zeros(len(target), self.decoder.latent)
         sol = implicitopt.solve(
@@ -141,14 +173,7 @@ class Trained(nn.Module):
             self.codes[indices] = sol.x.detach()
             self.states[indices] = self.decoder.cell.flatten(sol.z).detach()
             self.multipliers[indices] = self.decoder.cell.flatten(sol.mu).detach()
-        size = penalty(self.decoder, *sol.iterate)
-        value = sol.value.mean()
-        logged = {
-            "mse": value / target[0].numel(),
-            "jacobian": size,
-            "code": sol.x.norm(dim=1).mean(),
-        }
-        return value + self.weight * size, logged
+        return sol.value.mean(), penalty(self.decoder, *sol.iterate), sol.x
 
 
 def find_codes(
