@@ -100,13 +100,13 @@ class Settings:
     channels: tuple[int, ...] = (32, 64)
     stride: int = 8
     skip: bool = True
-    steps: int = 2000
+    steps: int = 4000
     batch: int = 16
     rate: float = 4e-3
     plain_rate: float = 1e-3
     sweeps: int = 8
     keep_codes: bool = True
-    hold: float = 0.6
+    hold: float = 0.85
     decay: float = 0.5
     penalty: float = 100.0
     clip: float | None = None
