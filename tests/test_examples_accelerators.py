@@ -84,7 +84,7 @@ def test_losses_are_those_of_the_codes_after_a_long_plain_iteration(name):
             codes.append(sol.x.detach())
         found = point_of(decoder, target, DECAY, contestant, steps)
         expected = by_plain_iteration(decoder, target, torch.cat(codes))
-        assert found.loss == pytest.approx(expected, rel=2e-3)
+        assert found.loss == pytest.approx(expected, rel=3e-3)
         assert found.steps == steps
     # Which says something, since codes make a difference.
     assert found.loss < 0.9 * by_plain_iteration(decoder, target, torch.zeros(3, 4))
