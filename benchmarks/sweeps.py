@@ -71,6 +71,17 @@ def geometric_mean(counts: Counts, solver: str) -> float:
     return math.exp(sum(logs) / len(logs))
 
 
+def share_within(counts: Counts, solver: str, factor: float) -> float:
+    """Of all problems, those that it solves in ``factor`` times the fewest sweeps of any solver."""
+    good = total = 0
+    for row in counts.values():
+        for at, sweeps in enumerate(row[solver]):
+            fewest = min((n for each in row.values() if (n := each[at]) is not None), default=0)
+            good += sweeps is not None and sweeps <= factor * fewest
+            total += 1
+    return good / total
+
+
 def table(counts: Counts) -> str:
     """The counts as a Markdown table."""
     rows = [["median / worst / unsolved", *SOLVERS]]
@@ -80,6 +91,8 @@ def table(counts: Counts) -> str:
     rows.append([f"unsolved of {total}", *map(str, unsolved)])
     means = [f"{geometric_mean(counts, name):.1f}" for name in SOLVERS]
     rows.append(["geometric mean", *means])
+    shares = [f"{100 * share_within(counts, name, 1.25):.1f}" for name in SOLVERS]
+    rows.append(["% within 1.25 × the fewest", *shares])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "| " + " | ".join(

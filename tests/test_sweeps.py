@@ -12,7 +12,7 @@ from torch import Tensor
 
 import implicitopt
 from benchmarks.families import families
-from benchmarks.sweeps import count
+from benchmarks.sweeps import count, share_within
 
 BATCH = 32
 
@@ -109,3 +109,10 @@ def test_a_slow_linear_quadratic_problem_takes_at_most_100_sweeps(seed: int):
 def test_no_problem_is_lost_where_descent_used_to_begin_again_from_the_start(family: str):
     """Each lost 3 or 4 of 32 problems, those that had not been near an equilibrium."""
     assert None not in count(families()[family](), implicitopt.Adaptive())
+
+
+def test_shares_count_the_problems_solved_near_the_fewest_sweeps():
+    counts = {"one": {"a": [10, 20, None], "b": [8, None, None]}, "two": {"a": [4], "b": [5]}}
+    assert share_within(counts, "a", 1.25) == 3 / 4  # all but the problem that nobody solves
+    assert share_within(counts, "a", 1.0) == 2 / 4
+    assert share_within(counts, "b", 1.25) == 2 / 4
