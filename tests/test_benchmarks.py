@@ -11,7 +11,7 @@ import implicitopt
 
 pytest.importorskip("tabulate", reason="the benchmarks' tables: pip install implicitopt[bench]")
 
-from benchmarks import adam, overhead, profile, stragglers
+from benchmarks import adam, families, overhead, profile, stragglers
 from benchmarks.__main__ import parse
 from benchmarks.problems import Setting, problems
 
@@ -135,3 +135,13 @@ def test_the_command_line_names_its_parts():
     for wrong in (["speed"], ["profile", "--generator", "out"]):
         with pytest.raises(SystemExit):
             parse(wrong)
+
+
+@pytest.mark.parametrize(
+    ("solver", "most"),
+    [("default", 360), ("Joint, memory 10", 330), ("OneShot", 720)],
+)
+def test_a_step_makes_few_operations(solver, most):
+    """On a GPU each is a kernel to launch; on small problems they are most of a step's time."""
+    made = overhead.operations(families.tanh("gauss"), overhead.SOLVERS[solver](), (12, 22))
+    assert made <= most

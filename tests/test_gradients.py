@@ -493,3 +493,28 @@ def test_a_failed_adjoint_system_at_no_solution_says_to_solve_first() -> None:
     with pytest.warns(AdjointWarning) as caught:
         late.x.sum().backward()
     assert "The solve itself" not in str(caught[0].message)
+
+
+def adjoint_of(problem: TanhProblem, **options: Any) -> tuple[Tensor, Any]:
+    """∂Σx*/∂W by `Implicit`, and the report."""
+    sol = implicitopt.solve(
+        problem.f, problem.loss, problem.x0, problem.z0,
+        adjoint=Implicit(**options), tol=1e-11, max_steps=1000,
+    )  # fmt: skip
+    assert sol.converged.all()
+    (grad,) = torch.autograd.grad(sol.x.sum(), problem.f.W)
+    return grad, sol.adjoint
+
+
+def test_minres_goes_on_where_gmres_has_used_up_its_vectors(monkeypatch) -> None:
+    known, full = adjoint_of(TanhProblem.draw(seed=8), tol=1e-8)
+    assert full.steps.min() > 6
+    monkeypatch.setattr("implicitopt.adjoint.implicit.SMALL", 0)
+    monkeypatch.setattr("implicitopt.adjoint.implicit.VECTORS", 6)
+    found, report = adjoint_of(TanhProblem.draw(seed=8), tol=1e-8)
+    assert relative(found, known) <= 1e-6
+    assert (report.status == 0).all()
+    assert (report.steps > 6).all()
+    with pytest.warns(AdjointWarning):  # all of max_steps, and no more
+        _, report = adjoint_of(TanhProblem.draw(seed=8), tol=1e-8, max_steps=8)
+    assert report.steps.max() == 8
