@@ -113,7 +113,7 @@ assert weights_apart < 1e-6
 assert gradients_apart < 1e-6
 
 # %%
-# The backward pass solved one linear system a fold, with the Hessian of the Lagrangian, by MINRES.
+# The backward pass solved one linear system a fold, with the Hessian of the Lagrangian, by GMRES.
 # The matrix is never formed. What became of it is in `sol.adjoint`.
 
 print("statuses", sol.adjoint.status.tolist(), "residual", f"{sol.adjoint.residual.max():.0e}")
