@@ -332,7 +332,7 @@ def report(results: dict[str, Any], settings: Settings) -> str:
     if results["adjoint"]:
         names = tuple(results["adjoint"][0])
         found = table([tuple(row.values()) for row in results["adjoint"]], names)
-        text += f"\n\ndifferentiating through x*, by decay (steps: of MINRES)\n{found}"
+        text += f"\n\ndifferentiating through x*, by decay (steps: Krylov)\n{found}"
     return text
 
 

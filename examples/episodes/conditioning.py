@@ -23,7 +23,7 @@ class Conditioning:
     Attributes:
         decay: λ.
         kkt: the relative KKT residual of the solves, median; the adjoint is only as right as that.
-        steps: MINRES steps, median.
+        steps: Krylov steps, median.
         residual: of the linear system, relative, at worst.
         solved: the share of the systems that were solved to their tolerance.
         accuracy: on the queries.
