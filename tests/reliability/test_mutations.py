@@ -36,7 +36,7 @@ FAULTS = {
         "return lagrangian + (grad * kkt.project(point.x - grad)).sum(dim=1)", "return lagrangian",
     ),
     "a constrained system is taken for symmetric": (
-        "adjoint/implicit.py", "report, symmetric=kkt.project is None", "report, symmetric=True",
+        "adjoint/implicit.py", "symmetric=kkt.project is None", "symmetric=True",
     ),
     "the frozen input's state does not answer to itself": (
         "adjoint/implicit.py", "return kkt.state_map(z, point.x) - z",
