@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from families import F64
 from hypothesis import given, settings
@@ -77,6 +78,26 @@ def test_what_follows_x_linearly_is_predicted(seed, pushes):
     (found,) = secants.predict(dx)
     size = (dx @ follow).norm()
     assert (found - dx @ follow).norm() <= 1e-2 * size
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_steps_are_as_exact_under_autocast_and_from_narrow_pairs(dtype):
+    """Products of matrices that autocast, or a narrow dtype, rounded would spoil the curvature."""
+    torch.manual_seed(0)
+    old, new = torch.randn(2, 6, 3, 8).to(dtype)
+    narrow, wide = (Secants.empty(4, *2 * [torch.zeros(3, 8, dtype=t)]) for t in (dtype, F64))
+    for a, b in zip(old, new, strict=True):
+        dg = (3 * (b - a)).to(dtype)
+        for secants in (narrow, wide):
+            kind = secants.rings[0].dtype
+            pair = (((b - a).to(kind), 0 * a.to(kind)), (dg.to(kind), 0 * a.to(kind)))
+            secants.push(torch.ones(3, dtype=torch.bool), *pair)
+    g, scale = torch.randn(3, 8).to(dtype), torch.ones(3)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = narrow.quasi_newton(g, scale)
+    expected = wide.quasi_newton(g.double(), scale.double())
+    rounding = 2 * torch.finfo(dtype).eps
+    torch.testing.assert_close(found.double(), expected, rtol=rounding, atol=rounding)
 
 
 def test_nothing_seen_predicts_nothing_and_steps_down_the_gradient():

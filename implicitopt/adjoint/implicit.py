@@ -265,7 +265,7 @@ class _System:
             worst = result.residual[torch.isfinite(result.residual)]
             largest = worst.max().item() if len(worst) else float("nan")
             point = self.report.point
-            away = 0 if point is None else int((point != Status.CONVERGED).sum())
+            away = 0 if point is None else int((~solved & (point != Status.CONVERGED)).sum())
             unsettled = (
                 f" The solve itself had not converged in {away} of them: raise its max_steps "
                 "first, since away from a solution the gradient means little however well its "

@@ -57,7 +57,9 @@ class Secants:
 
         Source: Byrd, Nocedal and Schnabel, "Representations of quasi-Newton matrices", 1994, 3.1.
         """
-        S, Y = self.rings
+        # In float64, which autocast leaves alone: it would multiply matrices in half precision.
+        S, Y = (ring.double() for ring in self.rings)
+        wide = g.double()
         m = S.shape[1]
         ages = torch.arange(m, device=g.device)
         slots = (self.count[:, None] + ages) % m  # from the oldest to the newest
@@ -67,33 +69,33 @@ class Secants:
             products = products.gather(1, slots[..., None].expand_as(products))
             return products.gather(2, slots[:, None].expand(-1, m, -1))
 
-        SY, YY = ordered((S @ Y.mT).double()), ordered((Y @ Y.mT).double())
+        SY, YY = ordered(S @ Y.mT), ordered(Y @ Y.mT)
         pairs = there[:, :, None] & there[:, None]
         R = torch.where(pairs, SY, 0.0).triu()
         D = R.diagonal(dim1=1, dim2=2).clone()
         fitted = ratio(D[:, -1], YY[:, -1, -1])
         gamma = torch.where(fitted > 0, fitted, scale.double())[:, None]
         R.diagonal(dim1=1, dim2=2).masked_fill_(~there, 1.0)
-        Sg, Yg = ((rows @ g[..., None])[..., 0].double().gather(1, slots) for rows in (S, Y))
+        Sg, Yg = ((rows @ wide[..., None])[..., 0].gather(1, slots) for rows in (S, Y))
         a = _triangular(R, torch.where(there, Sg, 0.0), upper=True)
         inner = D * a + gamma * ((YY @ a[..., None])[..., 0] - Yg)
         b = _triangular(R.mT, torch.where(there, inner, 0.0), upper=False)
         back = (ages - self.count[:, None]) % m
         along_s, along_y = b.gather(1, back), (gamma * a).gather(1, back)
-        step = along_y.to(g.dtype)[:, None] @ Y - along_s.to(g.dtype)[:, None] @ S
-        return step[:, 0] - (gamma * g).to(g.dtype)
+        step = (along_y[:, None] @ Y - along_s[:, None] @ S)[:, 0] - gamma * wide
+        return step.to(g.dtype)
 
     def predict(self, dx: Tensor) -> list[Tensor]:
         """What the other quantities do when the first moves by ``dx``: least squares."""
-        first = self.rings[0]
+        first = self.rings[0].double()
         used = torch.arange(first.shape[1], device=dx.device) < self.count[:, None]
-        gram = (first @ first.mT).double()
+        gram = first @ first.mT
         square = gram.diagonal(dim1=1, dim2=2)
         unit = torch.where(used & (square > 0), square.rsqrt(), 0.0)
         gram = torch.where(used[:, :, None] & used[:, None], gram, 0.0)
         gram = gram * unit[:, :, None] * unit[:, None]
         gram.diagonal(dim1=1, dim2=2).add_(1e-6)
-        rhs = torch.where(used, (first @ dx[..., None])[..., 0].double(), 0.0) * unit
+        rhs = torch.where(used, (first @ dx.double()[..., None])[..., 0], 0.0) * unit
         c, _ = torch.linalg.solve_ex(gram, rhs[..., None])
         weights = torch.nan_to_num(c[..., 0] * unit).to(dx.dtype)[:, None]
         return [(weights @ ring)[:, 0] for ring in self.rings[1:]]
