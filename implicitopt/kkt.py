@@ -35,6 +35,7 @@ __all__ = [
     "at_hand",
     "choose",
     "norm",
+    "row_mask",
     "some",
 ]
 
@@ -136,6 +137,11 @@ def some(mask: Tensor) -> bool:
     return not at_hand(mask) or bool(mask.any())
 
 
+def row_mask(mask: Tensor, like: Tensor) -> Tensor:
+    """``mask``, ``(B,)``, of the shape that broadcasts over ``like``, ``(B, …)``."""
+    return mask.reshape(-1, *[1] * (like.dim() - 1))
+
+
 def choose(mask: Tensor, new: Row, old: Row) -> Row:
     """``new`` for the problems in ``mask``, ``(B,)``, and ``old`` for the others.
 
@@ -151,7 +157,7 @@ def choose(mask: Tensor, new: Row, old: Row) -> Row:
 
 def _merge(mask: Tensor, new: Any, old: Any) -> Any:
     if isinstance(new, Tensor):
-        return torch.where(mask.reshape(-1, *[1] * (new.dim() - 1)), new, old)
+        return torch.where(row_mask(mask, new), new, old)
     parts = [_merge(mask, a, b) for a, b in zip(new, old, strict=True)]
     return type(new)(*parts) if hasattr(new, "_fields") else tuple(parts)
 

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from implicitopt.kkt import choose, norm, some
+from implicitopt.kkt import choose, norm, row_mask, some
 from implicitopt.options import check_choice, check_option
 from implicitopt.rows import take
 
@@ -234,7 +234,7 @@ class AndersonState:
     def forget(self, mask: Tensor) -> None:
         """Leave out all differences of the problems in ``mask``, and their next one."""
         for products in (self.gram, self.gram_s, self.in_r, self.unit):
-            products.masked_fill_(mask.reshape(-1, *[1] * (products.dim() - 1)), 0.0)
+            products.masked_fill_(row_mask(mask, products), 0.0)
         self.fresh = mask if self.fresh is None else self.fresh | mask
 
 
