@@ -204,7 +204,7 @@ class _Record:
         self.start_size = kkt.sizes(start).state
         self.value = full(float("nan"), like.dtype)
         self.residuals = Residuals(full(inf), full(inf), full(inf))
-        self.kept = Kept(full(inf), full(inf), full(inf), full(inf), full(inf))
+        self.kept = Kept.nothing(full(inf))
         self.active = full(1, torch.bool)
         self.status = full(Status.MAX_STEPS, torch.int64)
         self.steps = full(0, torch.int64)
@@ -243,8 +243,7 @@ class _Record:
         finite = (total < math.inf) & (value.abs() < math.inf)  # and no NaN
         running, failed = self.active & finite, self.active & ~finite
         reached = self._settled(sweep) & running
-        slack = sweep.coupling.abs().to(total.dtype)
-        candidate = Candidate(step, value.to(total.dtype), slack, residuals, total)
+        candidate = Candidate.of(step, sweep)
         keep = running & (self.rule(candidate, self.kept) | reached)
         self._keep(keep, point, value, candidate)
         self.steps = self.steps + self.active
@@ -285,13 +284,11 @@ class _Record:
         return settled
 
     def _keep(self, keep: Tensor, point: Point, value: Tensor, new: Candidate) -> None:
-        lowest = torch.fmin(self.kept.lowest_residual, new.residual)  # past NaN
-        score = new.value + new.slack
-        kept = Kept(new.value, new.residual, new.residuals.z, score, lowest)
+        old = self.kept.passed(new)
         self.point, self.value, self.residuals, self.kept = choose(
             keep,
-            (point, value, new.residuals, kept),
-            (self.point, self.value, self.residuals, self.kept._replace(lowest_residual=lowest)),
+            (point, value, new.residuals, Kept.of(new, old)),
+            (self.point, self.value, self.residuals, old),
         )
 
     def _stalled(self, new: Candidate) -> Tensor:

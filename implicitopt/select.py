@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from implicitopt.kkt import Residuals
+from implicitopt.kkt import Residuals, Sweep
 from implicitopt.options import check_option
 
 __all__ = ["RULES", "Best", "Candidate", "Kept", "Last", "PaperRule", "Rule"]
@@ -25,9 +25,27 @@ class Candidate(NamedTuple):
 
     step: int  #: from 0
     value: Tensor  #: loss
-    slack: Tensor  #: |μᵀ(f(z, x) − z)|: what the state's residual hides of the loss, to first order
+    estimate: Tensor  #: L(z, μ, x): to first order, the loss at the equilibrium of x
+    doubt: Tensor  #: ‖f(z, x) − z‖ ‖μ⁺ − μ‖: how much that may leave out, but for 1/(1 − ρ)
     residuals: Residuals
     residual: Tensor  #: the relative KKT residual, ``residuals.total``
+
+    @classmethod
+    def of(cls, step: int, sweep: Sweep) -> Candidate:
+        """What a sweep tells of its iterate, in the dtype of its norms."""
+        residuals, total, whole = sweep.residuals, sweep.total, sweep.sizes.whole
+        doubt = (residuals.z * whole) * (residuals.mu * whole)
+        value = sweep.value.to(total.dtype)
+        return cls(step, value, value + sweep.coupling, doubt, residuals, total)
+
+    @property
+    def score(self) -> Tensor:
+        """What iterates compare by: seldom less than the loss at the equilibrium of x.
+
+        That loss is L(z, μ, x) + (μ⁺ − μ)ᵀ (I − ∂f/∂z)⁻¹ (f − z) and terms of the square of f − z.
+        An estimate below the loss at hand is not believed.
+        """
+        return torch.maximum(self.value, self.estimate) + self.doubt
 
 
 class Kept(NamedTuple):
@@ -36,8 +54,24 @@ class Kept(NamedTuple):
     value: Tensor  #: loss of the iterate kept
     residual: Tensor  #: its relative KKT residual
     state_residual: Tensor  #: its relative state residual
-    score: Tensor  #: its value + slack
+    score: Tensor  #: its score
     lowest_residual: Tensor  #: lowest relative KKT residual of all iterates seen
+
+    @classmethod
+    def nothing(cls, infinite: Tensor) -> Kept:
+        """Before anything is kept, of problems with an infinite number each."""
+        return cls(*[infinite] * 5)
+
+    def passed(self, new: Candidate) -> Kept:
+        """What is kept where the new iterate is not."""
+        lowest = torch.fmin(self.lowest_residual, new.residual)  # past NaN
+        return self._replace(lowest_residual=lowest)
+
+    @classmethod
+    def of(cls, new: Candidate, passed: Kept) -> Kept:
+        """What is kept where the new iterate is."""
+        lowest = passed.lowest_residual
+        return cls(new.value, new.residual, new.residuals.z, new.score, lowest)
 
 
 Rule = Callable[[Candidate, Kept], Tensor]
@@ -61,12 +95,16 @@ class Last:
 
 @dataclass(frozen=True)
 class Best:
-    """Keep the lowest loss among iterates whose state residual is at most ``small``.
+    """Keep the input whose loss at its equilibrium is, as far as an iterate tells, the lowest.
 
-    An iterate off the equilibrium may show any loss, so losses compare with the slack
-    |μᵀ(f − z)| added. Until a state residual is small the smallest one is kept; among losses equal
-    to rounding, the smallest KKT residual. Where μ is still 0 the slack says nothing, so ``small``
-    must keep the first iterates out: at 0.1 many an adversarial attack came back unchanged.
+    An iterate off the equilibrium may show any loss. What its input is worth is estimated by the
+    Lagrangian where that is the higher one, and doubted by what the residuals of z and μ leave open
+    (``Candidate.score``). Far from any equilibrium this means little, so iterates count only where
+    their state residual is at most ``small``; until one is, the smallest is kept. Among scores
+    equal to rounding, the smallest KKT residual decides.
+
+    So the state returned with few sweeps may be off its equilibrium by ``small``; its residual says
+    by how much, and a smaller ``small`` bounds it.
 
     Args:
         small: of ‖f − z‖ / (1 + ‖(z, μ, x)‖), positive. ``select="best"`` is ``Best()``.
@@ -82,13 +120,13 @@ class Best:
     torch.Size([2])
     """
 
-    small: float = 0.03
+    small: float = 0.3
 
     def __post_init__(self) -> None:
         check_option("Best small", self.small, float, above=0)
 
     def __call__(self, new: Candidate, kept: Kept) -> Tensor:
-        score = new.value + new.slack
+        score = new.score
         rounding = torch.finfo(score.dtype).eps ** 0.75 * (1 + new.value.abs())
         tie = (score - kept.score).abs() <= rounding
         better = torch.where(tie, new.residual < kept.residual, score < kept.score)

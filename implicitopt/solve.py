@@ -276,7 +276,7 @@ def _prepare(
             z, mu = z_layout.flatten(z0), sign * z_layout.flatten(detached(warm_start.mu))
             x = x_layout.flatten(detached(warm_start.x))
         x = kkt.constrain(x)
-    return kkt, Point(z, mu, x), () if batch is None else (batch,)
+    return kkt, Point(z, mu, x).contiguous(), () if batch is None else (batch,)
 
 
 def _attach(

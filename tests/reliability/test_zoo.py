@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from implicitopt import Joint, Nested, OneShot, Status, solve
+from implicitopt import Best, Joint, Nested, OneShot, Status, solve
 from tests.reliability.zoo import STEPS, TOL, ZOO, find
 
-#: An iterate counts as an equilibrium, in ``select="best"``, up to this state residual.
-SMALL = 0.03
+#: An iterate counts, in ``select="best"``, up to this state residual.
+SMALL = Best().small
 
 
 def label(problem):
