@@ -93,7 +93,7 @@ class Settings:
 
     dataset: Literal["faces", "mnist", "cifar10"] = "faces"
     size: int = 64
-    images: int | None = 1000
+    images: int | None = 4000
     held_out: int = 500
     methods: tuple[str, ...] = ("jiio", "vae", "mdeq-vae", "pca")
     latent: int = 64

@@ -16,11 +16,6 @@ from mdeq import Classifier
 
 State = tuple[Tensor, ...]
 
-#: Of a solve's iterates the one of highest loss is kept, among those whose state has settled. A
-#: state that has not may show more loss than any attack: with a looser limit many a solve returned
-#: the image unchanged, whose first state it was.
-SETTLED = implicitopt.Best(small=0.01)
-
 
 def log_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """The logarithm of the cross-entropy of each image, ``(B,)``.
@@ -79,7 +74,6 @@ class Attack:
             project=implicitopt.L2Ball(self.radius),
             maximize=True,
             max_steps=self.max_steps,
-            select=SETTLED,
             tol=self.tol,
             sample_iterate=sample_iterate,
         )

@@ -23,9 +23,6 @@ from tqdm import tqdm
 import implicitopt
 from mdeq import Decoder
 
-#: A state off its equilibrium may show anything: of a solve, the iterate of least loss among those
-#: with at most this state residual is kept.
-EQUILIBRIUM = implicitopt.Best(small=0.02)
 #: Of the equilibrium at a held code, which begins where the last one ended.
 HELD_TOL = 3e-3
 PENALIZED = 8  # images of a batch whose Jacobian is estimated: it is an average all the same
@@ -165,7 +162,6 @@ class Trained(nn.Module):
             self.decoder.start,
             solver=self.search.solver,
             max_steps=self.search.sweeps,
-            select=EQUILIBRIUM,
             warm_start=self._start(indices) if self.keep else None,
             sample_iterate=True,
         )
@@ -194,11 +190,7 @@ def find_codes(
     with torch.no_grad():
         for target, x0, seen in bar(list(parts), desc="codes"):
             loss = matching(decoder, target, search.decay, seen)
-            options = {
-                "solver": search.solver,
-                "max_steps": search.sweeps,
-                "select": EQUILIBRIUM,
-            }
+            options = {"solver": search.solver, "max_steps": search.sweeps}
             found.append(implicitopt.solve(decoder.f, loss, x0, decoder.start, **options).x)
     return torch.cat(found)
 
