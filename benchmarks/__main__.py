@@ -1,8 +1,9 @@
 """The benchmarks: ``python -m benchmarks [PART…]``.
 
 Parts: profile (sweeps and seconds to a target, over all problems), adam (against nested Adam and
-the paper's iteration on trained decoders), overhead (a step over a bare sweep), memory (the same),
-stragglers (a batch with one hard problem), warm (what warm starts save), gradients, peers, gpu.
+the paper's iteration on trained decoders), budgets (what few sweeps come to), overhead (a step over
+a bare sweep), memory (the same), stragglers (a batch with one hard problem), warm (what warm starts
+save), gradients, peers, gpu.
 Prints each table and writes results.json and profile.png to --out.
 """
 
@@ -23,7 +24,7 @@ from benchmarks.decoders import decoders
 from benchmarks.problems import problems
 
 #: With the problems of the profile, or with problems of their own.
-SHARED = ("profile", "adam")
+SHARED = ("profile", "adam", "budgets")
 OWN = ("overhead", "memory", "stragglers", "warm", "gradients", "peers", "gpu")
 
 

@@ -57,13 +57,20 @@ def applies(name: str, setting: Setting) -> bool:
     return True
 
 
-def run(setting: Setting, solver: Any, max_steps: int, tol: float) -> tuple[Any, float, float]:
+def run(
+    setting: Setting, solver: Any, max_steps: int, tol: float, **options: Any
+) -> tuple[Any, float, float]:
     """The solution, the sweeps of one step, and the CPU seconds of a sweep."""
     begin = time.process_time()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         sol = implicitopt.solve(
-            *setting.arguments, solver=solver, max_steps=max_steps, tol=tol, **setting.options
+            *setting.arguments,
+            solver=solver,
+            max_steps=max_steps,
+            tol=tol,
+            **setting.options,
+            **options,
         )
     work = (sol.sweeps.f + sol.sweeps.vjp) / 2
     return sol, work / max(int(sol.steps.max()), 1), (time.process_time() - begin) / work

@@ -24,16 +24,23 @@ __all__ = ["measure", "table"]
 TOL = 1e-3
 
 
-def measure(*, quick: bool, bar: Callable[..., Any]) -> dict[str, float]:
-    """Sweeps of both batches, and the times' ratios."""
+#: Of the decoders' images: what a sweep of one problem costs beside one of 64 depends on it.
+SIDES = (16, 28)
+
+
+def measure(*, quick: bool, bar: Callable[..., Any]) -> list[dict[str, float]]:
+    """Per decoder the sweeps of both batches, and the times' ratios."""
     with one_thread():
-        return _measure(8 if quick else 64, 1 if quick else 5, bar)
+        return [
+            _measure(side, 8 if quick else 64, 1 if quick else 5, bar)
+            for side in (SIDES[:1] if quick else SIDES)
+        ]
 
 
 @torch.no_grad()
-def _measure(batch: int, repeats: int, bar: Callable[..., Any]) -> dict[str, float]:
+def _measure(side: int, batch: int, repeats: int, bar: Callable[..., Any]) -> dict[str, float]:
     torch.manual_seed(0)
-    decoder = examples_module("mdeq").Decoder(32, (1, 16), (16, 32)).requires_grad_(False)
+    decoder = examples_module("mdeq").Decoder(32, (1, side), (16, 32)).requires_grad_(False)
     codes = 0.5 * torch.randn(batch, 32)
     easy = decoder.image(
         implicitopt.fixed_point(decoder.f, codes, decoder.start, max_steps=300, tol=1e-5)
@@ -68,6 +75,7 @@ def _measure(batch: int, repeats: int, bar: Callable[..., Any]) -> dict[str, flo
     steps = sol.steps
     return {
         "batch": batch,
+        "states": decoder.cell.flatten(decoder.start(codes[:1])).shape[1],
         "sweeps without": sweeps,
         "sweeps of the hard one": int(steps[-1]),
         "sweeps of the others": int(steps[:-1].max()),
@@ -75,7 +83,7 @@ def _measure(batch: int, repeats: int, bar: Callable[..., Any]) -> dict[str, flo
     }
 
 
-def table(found: dict[str, float]) -> str:
-    """One row."""
-    cells = [f"{value:.2f}" if isinstance(value, float) else value for value in found.values()]
-    return tabulate([cells], list(found), tablefmt="github", disable_numparse=True)
+def table(found: list[dict[str, float]]) -> str:
+    """A row per decoder."""
+    rows = [[f"{v:.2f}" if isinstance(v, float) else v for v in row.values()] for row in found]
+    return tabulate(rows, list(found[0]), tablefmt="github", disable_numparse=True)
