@@ -11,7 +11,7 @@ import implicitopt
 
 pytest.importorskip("tabulate", reason="the benchmarks' tables: pip install implicitopt[bench]")
 
-from benchmarks import adam, families, overhead, profile, stragglers
+from benchmarks import adam, budgets, families, overhead, profile, stragglers
 from benchmarks.__main__ import parse
 from benchmarks.problems import Setting, problems
 
@@ -109,6 +109,23 @@ def test_nested_adam_is_met_with_fewer_evaluations():
         runs = found[mark]["runs"]
         assert runs["default"]["f"] < runs[mark]["f"]
     assert "nested Adam, cold" in adam.table({"decoder": found})
+
+
+def test_what_a_budget_leaves_to_go_falls_with_it_whether_minimized_or_maximized():
+    f, loss, x0, z0 = quadratic_setting(1e-3).arguments
+    made = {
+        "a, to 0.001": lambda: quadratic_setting(1e-3),
+        "b": lambda: Setting((f, lambda z, x: -loss(z, x), x0, z0), None, {"maximize": True}),
+    }
+    found = budgets.measure(made, quick=False, bar=quiet)
+    assert set(found) == {"a", "b"}
+    assert found["a"] == found["b"]
+    shares = found["a"]["default, best"]
+    assert len(shares) == len(budgets.BUDGETS)
+    assert shares[1] < 0.5
+    assert shares == sorted(shares, reverse=True)
+    assert shares[-1] < 1e-4
+    assert "| default, best " in budgets.table(found)
 
 
 @pytest.mark.slow
