@@ -37,6 +37,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("parts", nargs="*", metavar="PART", default=[*SHARED, *OWN], help="default: all")
     add("--quick", action="store_true", help="little of everything, to see that it works")
+    add("--threads", type=int, default=1, help="of torch (default %(default)s)")
     add("--quiet", action="store_true", help="no progress bars")
     add("--out", type=Path, default=Path("out/benchmarks"), help="folder (default %(default)s)")
     add("--generator", type=Path, help="folder of examples/generative.py: adds its decoder")
@@ -45,6 +46,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     unknown = set(options.parts) - {*SHARED, *OWN}
     if unknown:
         parser.error(f"PART must be of {', '.join((*SHARED, *OWN))}; got {', '.join(unknown)}")
+    if options.threads < 1:
+        parser.error(f"--threads must be positive; got {options.threads}")
     if (options.generator is None) != (options.data is None):
         parser.error("--generator and --data go together: a decoder, and the images to find")
     return options
@@ -52,6 +55,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
+    torch.set_num_threads(options.threads)
     bar = partial(tqdm, disable=options.quiet, leave=False)
     trained = decoders(options.out, options.generator, options.data, quick=options.quick, bar=bar)
     made = problems(trained)

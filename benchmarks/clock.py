@@ -9,12 +9,17 @@ from contextlib import contextmanager
 
 import torch
 
-__all__ = ["interleaved", "one_thread"]
+__all__ = ["interleaved", "now", "one_thread"]
+
+
+def now() -> float:
+    """A clock: CPU time where there is one thread, which other load does not add to; else time."""
+    return time.process_time() if torch.get_num_threads() == 1 else time.perf_counter()
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """One thread, where CPU time is the time."""
+    """One thread, whatever the caller has."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,14 +1,13 @@
 """What a solver's step costs over a bare sweep.
 
 A bare sweep is f, its transposed product, and the loss with its gradient: ``KKT.sweep`` without
-its norms. Solves of as many steps are timed in turn with as many bare sweeps, CPU time on one
-thread, and the medians of the ratios are shown. And counted, which no other load disturbs: the
+its norms. Solves of as many steps are timed in turn with as many bare sweeps, and the medians of
+the ratios are shown. And counted, which no other load disturbs: the
 tensor operations of a step, each a kernel to launch on a GPU.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from functools import partial
 from statistics import median
@@ -18,7 +17,7 @@ import torch
 from tabulate import tabulate
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.clock import one_thread
+from benchmarks.clock import now
 from benchmarks.families import linear_quadratic, tanh
 from implicitopt import Adaptive, Anderson, Joint, OneShot
 from implicitopt.iteration import iterate
@@ -76,7 +75,7 @@ def bare(kkt: Any, point: Any) -> None:
 
 @torch.no_grad()
 def ratios(arguments: tuple[Any, ...], steps: int, repeats: int) -> dict[str, Any]:
-    """Per solver the median ratio of times, and the CPU milliseconds of a bare sweep."""
+    """Per solver the median ratio of times, and the milliseconds of a bare sweep."""
     kkt, start, _ = _prepare(*arguments, None, False, None)
     solve = partial(iterate, kkt, start=start, max_steps=steps, tol=0, rule=Best())
     found: dict[str, list[float]] = {name: [] for name in SOLVERS}
@@ -85,12 +84,12 @@ def ratios(arguments: tuple[Any, ...], steps: int, repeats: int) -> dict[str, An
         bare(kkt, start)
     for _ in range(repeats):
         for name, make in SOLVERS.items():
-            begin = time.process_time()
+            begin = now()
             for _ in range(steps):
                 bare(kkt, start)
-            middle = time.process_time()
+            middle = now()
             solve(make())
-            found[name].append((time.process_time() - middle) / (middle - begin))
+            found[name].append((now() - middle) / (middle - begin))
             plain.append((middle - begin) / steps)
     return {"ms": 1e3 * median(plain), **{name: median(each) for name, each in found.items()}}
 
@@ -125,11 +124,10 @@ def measure(*, quick: bool, bar: Callable[..., Any]) -> dict[str, dict[str, floa
     And, under ``OPERATIONS``, solver -> operations of a step on a tanh map.
     """
     steps, repeats = (10, 1) if quick else (60, 5)
-    with one_thread():
-        found = {
-            name: ratios(make(), steps, repeats)
-            for name, make in bar(problems(quick).items(), desc="overhead")
-        }
+    found = {
+        name: ratios(make(), steps, repeats)
+        for name, make in bar(problems(quick).items(), desc="overhead")
+    }
     found[OPERATIONS] = {name: operations(tanh("gauss"), make()) for name, make in SOLVERS.items()}
     return found
 

@@ -13,7 +13,6 @@ Source: Dolan and Moré, "Benchmarking optimization software with performance pr
 from __future__ import annotations
 
 import math
-import time
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -24,6 +23,7 @@ import torch
 from tabulate import tabulate
 
 import implicitopt
+from benchmarks.clock import now
 from benchmarks.paper import paper
 from benchmarks.problems import Setting
 from implicitopt import Adaptive, Anderson, Broyden, Joint, Nested, OneShot, ProjectedGradient
@@ -60,8 +60,8 @@ def applies(name: str, setting: Setting) -> bool:
 def run(
     setting: Setting, solver: Any, max_steps: int, tol: float, **options: Any
 ) -> tuple[Any, float, float]:
-    """The solution, the sweeps of one step, and the CPU seconds of a sweep."""
-    begin = time.process_time()
+    """The solution, the sweeps of one step, and the seconds of a sweep."""
+    begin = now()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         sol = implicitopt.solve(
@@ -73,11 +73,11 @@ def run(
             **options,
         )
     work = (sol.sweeps.f + sol.sweeps.vjp) / 2
-    return sol, work / max(int(sol.steps.max()), 1), (time.process_time() - begin) / work
+    return sol, work / max(int(sol.steps.max()), 1), (now() - begin) / work
 
 
 def to_residual(setting: Setting, solver: Any) -> dict[str, Any]:
-    """Sweeps to ``tol`` of each problem, None where not reached, and CPU seconds of a sweep."""
+    """Sweeps to ``tol`` of each problem, None where not reached, and the seconds of a sweep."""
     most = MOST_UPDATES if isinstance(solver, Nested) else MOST_SWEEPS
     sol, work, seconds = run(setting, solver, most, setting.tol or 0.0)
     pairs = zip(sol.steps.tolist(), sol.converged.tolist(), strict=True)

@@ -2,12 +2,11 @@
 
 An untrained MDEQ decoder's own images are easy targets where codes are held short; noise, where
 they are not, is a hard one. The batch with it makes several times the sweeps of the batch without,
-and its time over that one's is shown: CPU time on one thread, in turn, medians.
+and its time over that one's is shown, in turn, medians.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from statistics import median
 from typing import Any
@@ -16,13 +15,12 @@ import torch
 from tabulate import tabulate
 
 import implicitopt
-from benchmarks.clock import one_thread
+from benchmarks.clock import now
 from benchmarks.decoders import examples_module
 
 __all__ = ["measure", "table"]
 
 TOL = 1e-3
-
 
 #: Of the decoders' images: what a sweep of one problem costs beside one of 64 depends on it.
 SIDES = (16, 28)
@@ -30,11 +28,10 @@ SIDES = (16, 28)
 
 def measure(*, quick: bool, bar: Callable[..., Any]) -> list[dict[str, float]]:
     """Per decoder the sweeps of both batches, and the times' ratios."""
-    with one_thread():
-        return [
-            _measure(side, 8 if quick else 64, 1 if quick else 5, bar)
-            for side in (SIDES[:1] if quick else SIDES)
-        ]
+    return [
+        _measure(side, 8 if quick else 64, 1 if quick else 5, bar)
+        for side in (SIDES[:1] if quick else SIDES)
+    ]
 
 
 @torch.no_grad()
@@ -58,12 +55,12 @@ def _measure(side: int, batch: int, repeats: int, bar: Callable[..., Any]) -> di
 
             return decoder.f, loss
 
-        begin = time.process_time()
+        begin = now()
         sol = implicitopt.solve(
             *of(torch.arange(batch)), torch.zeros(batch, 32), decoder.start,
             tol=TOL, max_steps=steps, subset=of if leave else None,
         )  # fmt: skip
-        return sol, time.process_time() - begin
+        return sol, now() - begin
 
     sweeps = int(run(easy, 300, False)[0].steps.max())
     ratios: dict[str, list[float]] = {"all stay": [], "finished leave": []}
