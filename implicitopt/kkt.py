@@ -106,7 +106,8 @@ class Sweep(NamedTuple):
     grad: Tensor  #: ∇ₓL, ``(B, d)``
     value: Tensor  #: ℓ(z, x), ``(B,)``
     r: Tensor  #: (f − z, μ⁺ − μ, −∇ₓL) side by side, ``(B, 2n + d)``
-    coupling: Tensor  #: μᵀ(f − z), ``(B,)``
+    lagrangian: Tensor  #: L(z, μ, x), ``(B,)``: to first order, the loss at the equilibrium of x
+    doubt: Tensor  #: ‖f − z‖ ‖μ⁺ − μ‖, ``(B,)``: how much that may leave out, but for 1/(1 − ρ)
     sizes: Sizes
     residuals: Residuals
     total: Tensor  #: the relative KKT residual, ``(B,)``
@@ -218,9 +219,11 @@ class KKT:
         if self.project is not None:
             stationarity = x - self.constrain(x - grad)
         sizes = self.sizes(point)
-        residuals = Residuals(*(norm(b) / sizes.whole for b in (off, adjoint_off, stationarity)))
+        lengths = [norm(block) for block in (off, adjoint_off, stationarity)]
+        residuals = Residuals(*(length / sizes.whole for length in lengths))
         coupling = (point.mu * off).sum(dim=1)  # not a product of matrices: autocast would round it
-        return Sweep(f, mu, grad, value, r, coupling, sizes, residuals, residuals.total)
+        lagrangian, doubt = value.to(sizes.whole.dtype) + coupling, lengths[0] * lengths[1]
+        return Sweep(f, mu, grad, value, r, lagrangian, doubt, sizes, residuals, residuals.total)
 
     def linearize(self, z: Tensor, x: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
         """μ ↦ (∂f/∂z)ᵀ μ at one (z, x), to be applied many times, and ∂ℓ/∂z there."""

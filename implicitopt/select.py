@@ -26,26 +26,18 @@ class Candidate(NamedTuple):
     step: int  #: from 0
     value: Tensor  #: loss
     estimate: Tensor  #: L(z, μ, x): to first order, the loss at the equilibrium of x
-    doubt: Tensor  #: ‖f(z, x) − z‖ ‖μ⁺ − μ‖: how much that may leave out, but for 1/(1 − ρ)
+    score: Tensor  #: max(value, estimate) + ‖f − z‖ ‖μ⁺ − μ‖: seldom less than that loss
     residuals: Residuals
     residual: Tensor  #: the relative KKT residual, ``residuals.total``
 
     @classmethod
     def of(cls, step: int, sweep: Sweep) -> Candidate:
         """What a sweep tells of its iterate, in the dtype of its norms."""
-        residuals, total, whole = sweep.residuals, sweep.total, sweep.sizes.whole
-        doubt = (residuals.z * whole) * (residuals.mu * whole)
-        value = sweep.value.to(total.dtype)
-        return cls(step, value, value + sweep.coupling, doubt, residuals, total)
-
-    @property
-    def score(self) -> Tensor:
-        """What iterates compare by: seldom less than the loss at the equilibrium of x.
-
-        That loss is L(z, μ, x) + (μ⁺ − μ)ᵀ (I − ∂f/∂z)⁻¹ (f − z) and terms of the square of f − z.
-        An estimate below the loss at hand is not believed.
-        """
-        return torch.maximum(self.value, self.estimate) + self.doubt
+        value = sweep.value.to(sweep.total.dtype)
+        # The loss at the equilibrium of x is L + (μ⁺ − μ)ᵀ (I − ∂f/∂z)⁻¹ (f − z) and terms of the
+        # square of f − z. An estimate below the loss at hand is not believed.
+        score = torch.maximum(value, sweep.lagrangian) + sweep.doubt
+        return cls(step, value, sweep.lagrangian, score, sweep.residuals, sweep.total)
 
 
 class Kept(NamedTuple):

@@ -508,9 +508,8 @@ def test_the_estimate_of_what_an_input_is_worth_is_exact_to_first_order():
         pull = sol.mu @ A + (sol.z @ W.T - 1) @ W - sol.mu
         rest = (pull * error).sum(-1) + 0.5 * (error @ W.T).square().sum(-1)
         torch.testing.assert_close(new.estimate + rest, worth)
-        torch.testing.assert_close(new.doubt, off.norm(dim=-1) * pull.norm(dim=-1))
-        torch.testing.assert_close(new.score, torch.maximum(new.value, new.estimate) + new.doubt)
-    assert (new.doubt < 0.1 * seen[0].doubt).all()
+        doubt = off.norm(dim=-1) * pull.norm(dim=-1)
+        torch.testing.assert_close(new.score, torch.maximum(new.value, new.estimate) + doubt)
 
 
 @pytest.mark.parametrize("kind", ["gauss", "radius", "orth", "sym"])

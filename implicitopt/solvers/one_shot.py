@@ -188,7 +188,7 @@ class OneShotState:
         """L, ∇ₓL and how they depend on the residual, from this sweep and the one before."""
         relative, whole = sweep.residuals, sweep.sizes.whole
         residual = whole * torch.sqrt(relative.z**2 + relative.mu**2)
-        value = (sweep.value + sweep.coupling).to(residual.dtype)
+        value = sweep.lagrangian.to(residual.dtype)
         same_x = self.sweeps > 0
 
         def update(new: Tensor, old: Tensor, fade: float) -> Tensor:
