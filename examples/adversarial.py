@@ -70,7 +70,8 @@ class Settings:
         pgd_rate: length of its steps.
         attack_sweeps: of the joint attack on the trained classifiers.
         referee_steps: of the referee's attack; 0: none.
-        test_images: how many the classifiers are judged on.
+        test_images: how many the classifiers are judged on when attacked.
+        clean_images: and when not; none: all.
         curve_images: how many at each ε of the curve.
         timed_images: how many the attacks are timed on, as one batch.
         watched_images: how many each classifier is judged on while it is trained.
@@ -98,6 +99,7 @@ class Settings:
     attack_sweeps: int = 40
     referee_steps: int = 20
     test_images: int = 500
+    clean_images: int | None = None
     curve_images: int = 100
     timed_images: int = 64
     watched_images: int = 100
@@ -127,6 +129,7 @@ PRESETS = {
         pgd_steps=5,
         referee_steps=2,
         test_images=32,
+        clean_images=32,
         curve_images=4,
         timed_images=4,
         watched_images=8,
@@ -248,11 +251,9 @@ def train_all(
 
 def held_out(run: Run[Settings]) -> tuple[Data, Sequence[str]]:
     """Test images in [0, 1] in a random order with their labels, and the names of these."""
-    s = run.settings
-    images = READERS[s.dataset](run.data, train=False, quiet=run.quiet)
+    images = READERS[run.settings.dataset](run.data, train=False, quiet=run.quiet)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(run.seed))
-    few = order[: s.test_images]
-    return (images.pixels[few] / 255, images.labels[few]), images.classes
+    return (images.pixels[order] / 255, images.labels[order]), images.classes
 
 
 def attacks(run: Run[Settings]) -> dict[str, Any]:
@@ -279,10 +280,15 @@ def judged(model: Classifier, change, images: Tensor, labels: Tensor, bar) -> di
 
 def matrix(run: Run[Settings], models: dict[str, Classifier], data: Data, bar) -> dict[str, Any]:
     """By way of training and attack: the accuracy and all else that `evaluate` tells."""
-    changes = attacks(run)
+    changes, s = attacks(run), run.settings
+
+    def few(name: str) -> list[Tensor]:
+        count = s.clean_images if name == "clean" else s.test_images
+        return [part[:count] for part in data]
+
     return {
         trained: {
-            name: judged(model, change, *data, partial(bar, desc=f"{trained}, {name}"))
+            name: judged(model, change, *few(name), partial(bar, desc=f"{trained}, {name}"))
             for name, change in changes.items()
         }
         for trained, model in models.items()

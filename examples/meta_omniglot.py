@@ -46,6 +46,7 @@ from episodes import (
     TaskClassifier,
     Tasks,
     accuracies,
+    agreement,
     conditioning,
     convolutions,
     interval,
@@ -56,6 +57,7 @@ from training.plan import seed_of
 
 METHODS = ("equilibrium", "prototypes", "maml", "imaml", "reptile")
 DECAYS = (0.0, 0.01, 0.1, 1.0, 10.0)  # of the study of the adjoint
+SWEEPS, STEPS = (20, 60), (4, 15, 40)  # of the study of gradients: of solves, of linear systems
 TRAINING, CURVE, TEST = range(3)  # streams of tasks, which have no task in common
 
 
@@ -274,10 +276,12 @@ def minutes(result: Result, row: dict[str, float]) -> float:
     return result.seconds / 60 * row["step"] / len(result.losses)
 
 
-def study(learner: Equilibrium, test: Tasks, settings: Settings) -> list[dict[str, float]]:
-    """How hard it is to differentiate through x*, by decay."""
+def study(learner: Equilibrium, test: Tasks, settings: Settings) -> dict[str, Any]:
+    """How hard it is to differentiate through x*, by decay, and how right after few sweeps."""
     episode = test(torch.arange(settings.study_tasks))
-    return [asdict(row) for row in conditioning(learner, episode, DECAYS, settings.study_steps)]
+    hard = conditioning(learner, episode, DECAYS, settings.study_steps)
+    right = agreement(learner, episode, (settings.sweeps, *SWEEPS), STEPS)
+    return {"adjoint": [asdict(row) for row in hard], "gradients": [asdict(row) for row in right]}
 
 
 def draw_curves(path: Path, curves: dict[str, list[tuple[float, float]]], chance: float) -> None:
@@ -329,10 +333,14 @@ def report(results: dict[str, Any], settings: Settings) -> str:
     ]
     title = f"{settings.ways}-way {settings.shots}-shot, {settings.test_tasks} new tasks"
     text = f"{title}\n" + table(rows, ("method", "accuracy %", "± (95 %)", "steps", "minutes"))
-    if results["adjoint"]:
-        names = tuple(results["adjoint"][0])
-        found = table([tuple(row.values()) for row in results["adjoint"]], names)
-        text += f"\n\ndifferentiating through x*, by decay (steps: Krylov)\n{found}"
+    for key, title in (
+        ("adjoint", "differentiating through x*, by decay (steps: Krylov)"),
+        ("gradients", "the gradient after few sweeps, beside the exact one"),
+    ):
+        if results[key]:
+            names = tuple(results[key][0])
+            found = table([tuple(row.values()) for row in results[key]], names)
+            text += f"\n\n{title}\n{found}"
     return text
 
 
@@ -348,7 +356,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for stream in (CURVE, TEST)
     )
     methods = METHODS if settings.methods == "all" else (settings.methods,)
-    results: dict[str, Any] = {"methods": {}, "adjoint": []}
+    results: dict[str, Any] = {"methods": {}, "adjoint": [], "gradients": []}
     curves = {}
     for method in methods:
         learner = make(method, background, run)
@@ -364,7 +372,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         }  # fmt: skip
         if method == "equilibrium":
             if settings.study_tasks:
-                results["adjoint"] = study(learner, test, settings)
+                results |= study(learner, test, settings)
             if main_process():
                 episode = test(torch.arange(1))
                 with torch.no_grad():

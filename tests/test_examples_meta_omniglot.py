@@ -375,6 +375,19 @@ def test_more_decay_makes_the_adjoint_easier():
     assert all(p.grad is None for p in learner.parameters())
 
 
+def test_a_gradient_agrees_with_the_exact_one_where_the_solve_has_converged():
+    learner = equilibrium()
+    episode = learner.tasks(torch.arange(1))
+    rows = episodes.agreement(learner, episode, (3, 400), (100,))
+    few, many = rows[:2], rows[2:]
+    assert [(row.gradient, row.sweeps) for row in few] == [("frozen", 3), ("implicit, 100", 3)]
+    assert many[1].cosine > 0.999  # the system is solved to 1e-2
+    assert many[1].length == pytest.approx(1, abs=0.02)
+    assert many[0].cosine < 0.99  # x* is not a constant
+    assert few[1].cosine < many[1].cosine
+    assert all(p.grad is None for p in learner.parameters())
+
+
 # The script
 
 

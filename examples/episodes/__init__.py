@@ -1,7 +1,7 @@
 """Few-shot tasks, and the learners that are trained on them."""
 
 from .classifier import TaskClassifier
-from .conditioning import Conditioning, conditioning
+from .conditioning import Agreement, Conditioning, agreement, conditioning
 from .equilibrium import Equilibrium, Inner
 from .imaml import Imaml
 from .learner import Learner, accuracies, interval
@@ -9,6 +9,7 @@ from .network import Maml, Prototypes, Reptile, convolutions
 from .tasks import Episode, Tasks
 
 __all__ = [
+    "Agreement",
     "Conditioning",
     "Episode",
     "Equilibrium",
@@ -21,6 +22,7 @@ __all__ = [
     "TaskClassifier",
     "Tasks",
     "accuracies",
+    "agreement",
     "conditioning",
     "convolutions",
     "interval",

@@ -1,7 +1,8 @@
-"""How hard it is to differentiate through what a task's solve found, and what makes it easier."""
+"""How hard it is to differentiate through what a task's solve found, and how right that is."""
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -71,6 +72,72 @@ def _measured(learner: Equilibrium, episode: Episode, max_steps: int) -> Conditi
         solved=(report.status == implicitopt.Status.CONVERGED).float().mean().item(),
         accuracy=share_right(logits.detach(), episode.query_labels).mean().item(),
     )
+
+
+#: The solve, and the linear systems, at which a gradient counts as exact.
+EXACT_SWEEPS, EXACT_TOL, EXACT_STEPS = 400, 1e-6, 300
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """One way to the weights' gradient, beside the exact one.
+
+    Attributes:
+        gradient: "frozen", or "implicit" with the Krylov steps that its system is given at most.
+        sweeps: of the tasks' solve.
+        kkt: the relative KKT residual that it comes to, median.
+        cosine: of the angle between the gradient and the exact one.
+        length: over the exact one's.
+    """
+
+    gradient: str
+    sweeps: int
+    kkt: float
+    cosine: float
+    length: float
+
+
+def agreement(
+    learner: Equilibrium, episode: Episode, sweeps: Sequence[int], steps: Sequence[int]
+) -> list[Agreement]:
+    """The gradients of the queries' loss from solves of few sweeps, beside the exact one.
+
+    The exact one is `Implicit`'s of a solve that has converged; in float64, and with queries whose
+    equilibria and linear systems are solved, so that the tasks' solve alone makes the difference.
+    """
+    learner = copy.deepcopy(learner).double()
+    episode = replace(episode, support=episode.support.double(), query=episode.query.double())
+    learner.inner = replace(
+        learner.inner, query_steps=EXACT_SWEEPS, query_tol=EXACT_TOL,
+        adjoint_tol=EXACT_TOL, adjoint_steps=EXACT_STEPS,
+    )  # fmt: skip
+    exact, _ = _gradient(learner, episode, EXACT_SWEEPS, EXACT_STEPS, EXACT_TOL)
+    found = []
+    for budget in sweeps:
+        for most in (0, *steps):
+            gradient, kkt = _gradient(learner, episode, budget, most, learner.inner.tol)
+            cosine = (gradient @ exact / (gradient.norm() * exact.norm())).item()
+            length = (gradient.norm() / exact.norm()).item()
+            name = f"implicit, {most}" if most else "frozen"
+            found.append(Agreement(name, budget, kkt, cosine, length))
+    return found
+
+
+def _gradient(
+    learner: Equilibrium, episode: Episode, sweeps: int, steps: int, tol: float
+) -> tuple[Tensor, float]:
+    """Of the queries' loss in all weights, and the solve's KKT residual; x* a constant at 0."""
+    kept, learner.inner = learner.inner, replace(learner.inner, sweeps=sweeps, tol=tol)
+    implicit = implicitopt.Implicit(tol=1e-2 if tol > EXACT_TOL else tol, max_steps=max(steps, 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", implicitopt.AdjointWarning)
+        sol = learner.learn(episode.support, episode.support_labels, adjoint=implicit)
+        x = sol.x if steps else {name: part.detach() for name, part in sol.x.items()}
+        loss = cross_entropy(learner.answer(episode.query, x), episode.query_labels).mean()
+        weights = list(learner.parameters())
+        parts = torch.autograd.grad(loss, weights, materialize_grads=True)
+    learner.inner = kept
+    return torch.cat([part.reshape(-1) for part in parts]), _median(sol.residuals.total)
 
 
 def _median(values: Tensor) -> float:
