@@ -125,7 +125,9 @@ def train(model: Decoder, images: Tensor, steps: int, batch: int, rate: float, b
     for _ in bar(range(steps), desc="train"):
         chosen = torch.randperm(len(images))[:batch]
         # Ten sweeps: the codes need not be optimal, since the next visit goes on from here.
-        loss, options = model.loss(images[chosen]), {"max_steps": 10, "sample_iterate": True}
+        # The weights' gradient is taken at the state that is returned: it must be near equilibrium.
+        options = {"max_steps": 10, "select": implicitopt.Best(small=0.03), "sample_iterate": True}
+        loss = model.loss(images[chosen])
         sol = implicitopt.solve(model.f, loss, codes[chosen], model.start, **options)
         codes[chosen] = sol.x.detach()
         # Keep f contractive, at a point of the path as the paper does; 16 images are enough.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -80,12 +80,12 @@ EXACT_SWEEPS, EXACT_TOL, EXACT_STEPS = 400, 1e-6, 300
 
 @dataclass(frozen=True)
 class Agreement:
-    """One way to the weights' gradient, beside the exact one.
+    """One way to the weights' gradient, beside the exact one; medians over tasks.
 
     Attributes:
         gradient: "frozen", or "implicit" with the Krylov steps that its system is given at most.
         sweeps: of the tasks' solve.
-        kkt: the relative KKT residual that it comes to, median.
+        kkt: the relative KKT residual that it comes to.
         cosine: of the angle between the gradient and the exact one.
         length: over the exact one's.
     """
@@ -111,22 +111,26 @@ def agreement(
         learner.inner, query_steps=EXACT_SWEEPS, query_tol=EXACT_TOL,
         adjoint_tol=EXACT_TOL, adjoint_steps=EXACT_STEPS,
     )  # fmt: skip
-    exact, _ = _gradient(learner, episode, EXACT_SWEEPS, EXACT_STEPS, EXACT_TOL)
-    found = []
-    for budget in sweeps:
-        for most in (0, *steps):
-            gradient, kkt = _gradient(learner, episode, budget, most, learner.inner.tol)
-            cosine = (gradient @ exact / (gradient.norm() * exact.norm())).item()
-            length = (gradient.norm() / exact.norm()).item()
-            name = f"implicit, {most}" if most else "frozen"
-            found.append(Agreement(name, budget, kkt, cosine, length))
-    return found
+    ways = [(budget, most) for budget in sweeps for most in (0, *steps)]
+    rows = []
+    for task in range(len(episode)):
+        one = Episode(*(part[task : task + 1] for part in astuple(episode)))
+        exact, _ = _gradient(learner, one, EXACT_SWEEPS, EXACT_STEPS, EXACT_TOL)
+        for budget, most in ways:
+            gradient, kkt = _gradient(learner, one, budget, most, learner.inner.tol)
+            cosine = gradient @ exact / (gradient.norm() * exact.norm())
+            rows.append(torch.stack([kkt, cosine, gradient.norm() / exact.norm()]))
+    medians = torch.stack(rows).unflatten(0, (len(episode), len(ways))).quantile(0.5, dim=0)
+    return [
+        Agreement(f"implicit, {most}" if most else "frozen", budget, *row)
+        for (budget, most), row in zip(ways, medians.tolist(), strict=True)
+    ]
 
 
 def _gradient(
     learner: Equilibrium, episode: Episode, sweeps: int, steps: int, tol: float
-) -> tuple[Tensor, float]:
-    """Of the queries' loss in all weights, and the solve's KKT residual; x* a constant at 0."""
+) -> tuple[Tensor, Tensor]:
+    """Of a task's loss in all weights, and the solve's KKT residual; 0 steps: x* is a constant."""
     kept, learner.inner = learner.inner, replace(learner.inner, sweeps=sweeps, tol=tol)
     implicit = implicitopt.Implicit(tol=1e-2 if tol > EXACT_TOL else tol, max_steps=max(steps, 1))
     with warnings.catch_warnings():
@@ -137,7 +141,7 @@ def _gradient(
         weights = list(learner.parameters())
         parts = torch.autograd.grad(loss, weights, materialize_grads=True)
     learner.inner = kept
-    return torch.cat([part.reshape(-1) for part in parts]), _median(sol.residuals.total)
+    return torch.cat([part.reshape(-1) for part in parts]), sol.residuals.total[0]
 
 
 def _median(values: Tensor) -> float:
