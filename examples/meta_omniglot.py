@@ -163,7 +163,7 @@ class Settings:
 PRESETS = {
     "cpu": Settings(),
     "smoke": Settings(
-        characters=150, rotations=False, steps=12, batch=4, train_batch=2, curve_tasks=10,
+        characters=150, rotations=False, steps=20, batch=4, train_batch=2, curve_tasks=10,
         curve_points=1, test_tasks=20, study_tasks=2, study_steps=30, inner_steps=1,
     ),
     # The paper gives its sizes and its solver (--solver paper), and no time.

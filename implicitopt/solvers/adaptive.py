@@ -11,7 +11,6 @@ from torch import Tensor
 from implicitopt.kkt import KKT, Point, Sweep, choose, norm
 from implicitopt.options import check_option
 from implicitopt.rows import take
-from implicitopt.select import Best, Candidate, Kept
 from implicitopt.solvers.joint import Joint, JointState
 from implicitopt.solvers.one_shot import OneShot, OneShotState
 
@@ -20,9 +19,8 @@ __all__ = ["Adaptive", "AdaptiveState"]
 #: A problem stays with the joint iteration while each ``patience`` steps bring its lowest KKT
 #: residual below this share of what it was.
 SHARE = 0.3
-#: Where one-shot descent starts from. Nearer to an equilibrium than what a solve may return: where
-#: there is none it would run away from farther off.
-RULE = Best(small=0.03)
+#: A state residual at which an iterate's loss means something.
+FEASIBLE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,8 @@ class Adaptive:
     The joint iteration needs the fewest sweeps near a solution and has no step control; the
     one-shot iteration descends from anywhere and needs more. Every ``patience`` steps a problem
     whose lowest KKT residual has not fallen enough since the last look goes on with ``one_shot``,
-    from its best iterate so far; the others, and its neighbours, do not notice.
+    from its lowest loss so far (from its smallest state residual, where none was small yet); the
+    others, and its neighbours, do not notice.
 
     Args:
         joint, one_shot: the two solvers.
@@ -75,7 +74,7 @@ class Adaptive:
         _, joint = self.joint.init(kkt, start)
         infinite = torch.full_like(norm(start.x), float("inf"))
         none = torch.zeros_like(infinite, dtype=torch.bool)
-        return start, AdaptiveState(joint, start, Kept.nothing(infinite), infinite, none)
+        return start, AdaptiveState(joint, start, infinite, infinite, infinite, infinite, none)
 
     def step(
         self, kkt: KKT, point: Point, sweep: Sweep, state: AdaptiveState
@@ -92,9 +91,8 @@ class Adaptive:
 
     def _choose(self, kkt: KKT, moved: Point, state: AdaptiveState) -> Point:
         """Send the problems without headway over to the one-shot iteration."""
-        lowest = state.kept.lowest_residual
-        stuck = ~state.descending & (lowest > SHARE * state.before)
-        state.before = lowest
+        stuck = ~state.descending & (state.lowest > SHARE * state.before)
+        state.before = state.lowest
         if not bool(stuck.any()):  # a host sync, every ``patience`` steps
             return moved
         if state.one_shot is None:
@@ -125,16 +123,22 @@ class AdaptiveState:
     """Both solvers' states, and per problem what the choice between them needs."""
 
     joint: JointState
-    best: Point  # by ``RULE``
-    kept: Kept  # of that iterate
-    before: Tensor  # (B,) the lowest KKT residual at the last look
+    best: Point  # lowest loss so far at a small state residual; before that, the smallest residual
+    score: Tensor  # its loss, plus |μᵀ(f − z)|
+    off: Tensor  # its state residual
+    lowest: Tensor  # lowest KKT residual so far
+    before: Tensor  # ``lowest`` at the last look
     descending: Tensor  # (B,) bool: gone over to the one-shot iteration
     one_shot: OneShotState | None = None  # made when the first problem goes over
     count: int = 0
 
     def look(self, point: Point, sweep: Sweep) -> None:
-        new = Candidate.of(self.count, sweep)
-        old = self.kept.passed(new)
-        better = RULE(new, old)
-        here = Point(sweep.f, sweep.mu, point.x)
-        self.best, self.kept = choose(better, (here, Kept.of(new, old)), (self.best, old))
+        residuals = sweep.residuals
+        off = (sweep.lagrangian - sweep.value).abs()  # |μᵀ(f − z)|
+        score = (sweep.value + off).to(self.score.dtype)
+        lower_loss = (residuals.z <= FEASIBLE) & (score < self.score)
+        better = torch.where(self.off <= FEASIBLE, lower_loss, residuals.z < self.off)
+        self.best = choose(better, Point(sweep.f, sweep.mu, point.x), self.best)
+        self.score = torch.where(better, score, self.score)
+        self.off = torch.where(better, residuals.z, self.off)
+        self.lowest = torch.fmin(sweep.total, self.lowest)  # past NaN
