@@ -3,8 +3,7 @@
 Parts: profile (sweeps and seconds to a target, over all problems), adam (against nested Adam and
 the paper's iteration on trained decoders), budgets (what few sweeps come to), overhead (a step over
 a bare sweep), memory (the same), stragglers (a batch with one hard problem), warm (what warm starts
-save), gradients, peers, gpu.
-Prints each table and writes results.json and profile.png to --out.
+save), gradients, peers, gpu. Prints each table and writes results.json and profile.png to --out.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 A bare sweep is f, its transposed product, and the loss with its gradient: ``KKT.sweep`` without
 its norms. Solves of as many steps are timed in turn with as many bare sweeps, and the medians of
-the ratios are shown. And counted, which no other load disturbs: the
-tensor operations of a step, each a kernel to launch on a GPU.
+the ratios are shown. And counted, which no other load disturbs: the tensor operations of a step,
+each a kernel to launch on a GPU.
 """
 
 from __future__ import annotations

@@ -204,7 +204,7 @@ class _Record:
         self.start_size = kkt.sizes(start).state
         self.value = full(float("nan"), like.dtype)
         self.residuals = Residuals(full(inf), full(inf), full(inf))
-        self.kept = Kept.nothing(full(inf))
+        self.kept = Kept(full(inf), full(inf), full(inf), full(inf), full(inf))
         self.active = full(1, torch.bool)
         self.status = full(Status.MAX_STEPS, torch.int64)
         self.steps = full(0, torch.int64)
@@ -284,11 +284,12 @@ class _Record:
         return settled
 
     def _keep(self, keep: Tensor, point: Point, value: Tensor, new: Candidate) -> None:
-        old = self.kept.passed(new)
+        lowest = torch.fmin(self.kept.lowest_residual, new.residual)  # past NaN
+        kept = Kept(new.value, new.residual, new.residuals.z, new.score, lowest)
         self.point, self.value, self.residuals, self.kept = choose(
             keep,
-            (point, value, new.residuals, Kept.of(new, old)),
-            (self.point, self.value, self.residuals, old),
+            (point, value, new.residuals, kept),
+            (self.point, self.value, self.residuals, self.kept._replace(lowest_residual=lowest)),
         )
 
     def _stalled(self, new: Candidate) -> Tensor:

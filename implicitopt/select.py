@@ -49,22 +49,6 @@ class Kept(NamedTuple):
     score: Tensor  #: its score
     lowest_residual: Tensor  #: lowest relative KKT residual of all iterates seen
 
-    @classmethod
-    def nothing(cls, infinite: Tensor) -> Kept:
-        """Before anything is kept, of problems with an infinite number each."""
-        return cls(*[infinite] * 5)
-
-    def passed(self, new: Candidate) -> Kept:
-        """What is kept where the new iterate is not."""
-        lowest = torch.fmin(self.lowest_residual, new.residual)  # past NaN
-        return self._replace(lowest_residual=lowest)
-
-    @classmethod
-    def of(cls, new: Candidate, passed: Kept) -> Kept:
-        """What is kept where the new iterate is."""
-        lowest = passed.lowest_residual
-        return cls(new.value, new.residual, new.residuals.z, new.score, lowest)
-
 
 Rule = Callable[[Candidate, Kept], Tensor]
 
@@ -118,10 +102,9 @@ class Best:
         check_option("Best small", self.small, float, above=0)
 
     def __call__(self, new: Candidate, kept: Kept) -> Tensor:
-        score = new.score
-        rounding = torch.finfo(score.dtype).eps ** 0.75 * (1 + new.value.abs())
-        tie = (score - kept.score).abs() <= rounding
-        better = torch.where(tie, new.residual < kept.residual, score < kept.score)
+        rounding = torch.finfo(new.score.dtype).eps ** 0.75 * (1 + new.value.abs())
+        tie = (new.score - kept.score).abs() <= rounding
+        better = torch.where(tie, new.residual < kept.residual, new.score < kept.score)
         feasible, was_feasible = new.residuals.z <= self.small, kept.state_residual <= self.small
         nearer = new.residuals.z < kept.state_residual
         return torch.where(was_feasible, feasible & better, feasible | nearer)

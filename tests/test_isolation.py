@@ -496,7 +496,7 @@ def test_the_estimate_of_what_an_input_is_worth_is_exact_to_first_order():
         return 0.5 * (z @ W.T - 1).square().sum(-1) + 0.1 * x.square().sum(-1)
 
     seen = []
-    for steps in range(1, 13):  # select="last": the iterate of the last sweep, and its candidate
+    for steps in range(1, 13):  # the rule keeps every iterate: that of the last sweep is returned
         sol = solve(
             f, loss, x0, z0, max_steps=steps, tol=0.0,
             select=lambda new, kept: seen.append(new) or torch.ones(B, dtype=torch.bool),

@@ -134,8 +134,8 @@ class AdaptiveState:
 
     def look(self, point: Point, sweep: Sweep) -> None:
         residuals = sweep.residuals
-        off = (sweep.lagrangian - sweep.value).abs()  # |μᵀ(f − z)|
-        score = (sweep.value + off).to(self.score.dtype)
+        coupling = sweep.lagrangian - sweep.value  # μᵀ(f − z)
+        score = (sweep.value + coupling.abs()).to(self.score.dtype)
         lower_loss = (residuals.z <= FEASIBLE) & (score < self.score)
         better = torch.where(self.off <= FEASIBLE, lower_loss, residuals.z < self.off)
         self.best = choose(better, Point(sweep.f, sweep.mu, point.x), self.best)
