@@ -107,7 +107,7 @@ class Sweep(NamedTuple):
     value: Tensor  #: ℓ(z, x), ``(B,)``
     r: Tensor  #: (f − z, μ⁺ − μ, −∇ₓL) side by side, ``(B, 2n + d)``
     lagrangian: Tensor  #: L(z, μ, x), ``(B,)``: to first order, the loss at the equilibrium of x
-    doubt: Tensor  #: ‖f − z‖ ‖μ⁺ − μ‖, ``(B,)``: how much that may leave out, but for 1/(1 − ρ)
+    score: Tensor  #: max(ℓ, L) + ‖f − z‖ ‖μ⁺ − μ‖, ``(B,)``: seldom less than that loss
     sizes: Sizes
     residuals: Residuals
     total: Tensor  #: the relative KKT residual, ``(B,)``
@@ -222,8 +222,12 @@ class KKT:
         lengths = [norm(block) for block in (off, adjoint_off, stationarity)]
         residuals = Residuals(*(length / sizes.whole for length in lengths))
         coupling = (point.mu * off).sum(dim=1)  # not a product of matrices: autocast would round it
-        lagrangian, doubt = value.to(sizes.whole.dtype) + coupling, lengths[0] * lengths[1]
-        return Sweep(f, mu, grad, value, r, lagrangian, doubt, sizes, residuals, residuals.total)
+        wide = value.to(sizes.whole.dtype)
+        lagrangian = wide + coupling
+        # The loss at the equilibrium of x is L + (μ⁺ − μ)ᵀ (I − ∂f/∂z)⁻¹ (f − z) and terms of the
+        # square of f − z. An estimate below the loss at hand is not believed.
+        score = torch.maximum(wide, lagrangian) + lengths[0] * lengths[1]
+        return Sweep(f, mu, grad, value, r, lagrangian, score, sizes, residuals, residuals.total)
 
     def linearize(self, z: Tensor, x: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
         """μ ↦ (∂f/∂z)ᵀ μ at one (z, x), to be applied many times, and ∂ℓ/∂z there."""

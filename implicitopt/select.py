@@ -34,10 +34,7 @@ class Candidate(NamedTuple):
     def of(cls, step: int, sweep: Sweep) -> Candidate:
         """What a sweep tells of its iterate, in the dtype of its norms."""
         value = sweep.value.to(sweep.total.dtype)
-        # The loss at the equilibrium of x is L + (μ⁺ − μ)ᵀ (I − ∂f/∂z)⁻¹ (f − z) and terms of the
-        # square of f − z. An estimate below the loss at hand is not believed.
-        score = torch.maximum(value, sweep.lagrangian) + sweep.doubt
-        return cls(step, value, sweep.lagrangian, score, sweep.residuals, sweep.total)
+        return cls(step, value, sweep.lagrangian, sweep.score, sweep.residuals, sweep.total)
 
 
 class Kept(NamedTuple):

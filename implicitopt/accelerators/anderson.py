@@ -160,6 +160,14 @@ class AndersonState:
             apart=torch.ones(rows, memory, dtype=torch.bool, device=v.device),
         )
 
+    def age(self, steps: int) -> None:
+        """Begin as if ``steps`` differences, and a window more, had been taken in and forgotten.
+
+        The order in which sums are formed, and so their rounding, depends on a difference's slot.
+        """
+        self.ring.zero_()
+        self.pushed = self.ring.shape[1] + steps
+
     @property
     def filled(self) -> int:
         return min(self.pushed, self.ring.shape[1])
@@ -184,7 +192,6 @@ class AndersonState:
             void = ~((length > 0) & (length < math.inf) & (norm(u) < math.inf))
             if self.fresh is not None:
                 void = void | self.fresh
-                self.fresh = None
             unit = length.double().reciprocal()
             if some(void):
                 t.masked_fill_(void[:, None], 0.0)
@@ -192,7 +199,7 @@ class AndersonState:
                 unit = unit.masked_fill(void, 0.0)
             self.unit[:, self.newest] = unit
             self.apart[:, self.newest] = True
-        self.last = (v, r)
+        self.last, self.fresh = (v, r), None
 
     def update_gram(self, damping: float) -> None:
         """The products with the newest difference and with the newest residual."""

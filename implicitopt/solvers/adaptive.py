@@ -19,8 +19,9 @@ __all__ = ["Adaptive", "AdaptiveState"]
 #: A problem stays with the joint iteration while each ``patience`` steps bring its lowest KKT
 #: residual below this share of what it was.
 SHARE = 0.3
-#: A state residual at which an iterate's loss means something.
-FEASIBLE = 1e-2
+#: A state residual at which an iterate's score means something here. Farther from any equilibrium,
+#: as what a solve returns may be, descent would run away where there is none.
+FEASIBLE = 3e-2
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class Adaptive:
     The joint iteration needs the fewest sweeps near a solution and has no step control; the
     one-shot iteration descends from anywhere and needs more. Every ``patience`` steps a problem
     whose lowest KKT residual has not fallen enough since the last look goes on with ``one_shot``,
-    from its lowest loss so far (from its smallest state residual, where none was small yet); the
-    others, and its neighbours, do not notice.
+    from its lowest loss so far, as far as an iterate tells (from its smallest state residual, where
+    none was small yet); the others, and its neighbours, do not notice.
 
     Args:
         joint, one_shot: the two solvers.
@@ -96,7 +97,7 @@ class Adaptive:
         if not bool(stuck.any()):  # a host sync, every ``patience`` steps
             return moved
         if state.one_shot is None:
-            _, state.one_shot = self.one_shot.init(kkt, state.best)
+            state.one_shot = self.one_shot.join(state.best, state.count)
         state.one_shot = self.one_shot.enter(state.one_shot, stuck, state.best)
         state.descending = state.descending | stuck
         return choose(stuck, state.best, moved)
@@ -123,8 +124,8 @@ class AdaptiveState:
     """Both solvers' states, and per problem what the choice between them needs."""
 
     joint: JointState
-    best: Point  # lowest loss so far at a small state residual; before that, the smallest residual
-    score: Tensor  # its loss, plus |μᵀ(f − z)|
+    best: Point  # lowest score so far at a small state residual; before that, the smallest residual
+    score: Tensor  # its score
     off: Tensor  # its state residual
     lowest: Tensor  # lowest KKT residual so far
     before: Tensor  # ``lowest`` at the last look
@@ -134,11 +135,9 @@ class AdaptiveState:
 
     def look(self, point: Point, sweep: Sweep) -> None:
         residuals = sweep.residuals
-        coupling = sweep.lagrangian - sweep.value  # μᵀ(f − z)
-        score = (sweep.value + coupling.abs()).to(self.score.dtype)
-        lower_loss = (residuals.z <= FEASIBLE) & (score < self.score)
-        better = torch.where(self.off <= FEASIBLE, lower_loss, residuals.z < self.off)
+        lower = (residuals.z <= FEASIBLE) & (sweep.score < self.score)
+        better = torch.where(self.off <= FEASIBLE, lower, residuals.z < self.off)
         self.best = choose(better, Point(sweep.f, sweep.mu, point.x), self.best)
-        self.score = torch.where(better, score, self.score)
+        self.score = torch.where(better, sweep.score, self.score)
         self.off = torch.where(better, residuals.z, self.off)
         self.lowest = torch.fmin(sweep.total, self.lowest)  # past NaN

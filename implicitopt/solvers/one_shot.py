@@ -115,6 +115,15 @@ class OneShot:
         """The state of the problems ``rows`` alone."""
         return take(state, rows)
 
+    def join(self, start: Point, steps: int) -> OneShotState:
+        """A state for problems that will ``enter`` it, after ``steps`` of another solver.
+
+        What becomes of one does not depend on whether it, or a neighbour before it, had this made.
+        """
+        state = OneShotState.begin(self, start)
+        state.inner.age(steps)
+        return state
+
     def enter(self, state: OneShotState, mask: Tensor, at: Point) -> OneShotState:
         """Begin anew, for the problems in ``mask``, at the point ``at``."""
         fresh = OneShotState.begin(self, at)

@@ -56,7 +56,7 @@ def poisoned(problem, by_row):
     return f, loss
 
 
-def check_batch(seed):
+def check_batch(seed, solvers=SOLVERS):
     rng = random.Random(seed)
     batch, n, d = rng.randint(2, 7), rng.randint(1, 6), rng.randint(1, 4)
     dtype = rng.choice([torch.float64, torch.float32])
@@ -64,7 +64,7 @@ def check_batch(seed):
     bad = rng.sample(range(batch), rng.randint(1, batch - 1))
     kinds = {row: rng.choice(list(POISON)) for row in bad}
     options = {
-        "solver": rng.choice(SOLVERS)(),
+        "solver": rng.choice(solvers)(),
         "project": rng.choice(PROJECTIONS),
         "maximize": rng.random() < 0.2,
         "max_steps": rng.randint(3, 25),
@@ -110,6 +110,12 @@ def check_alone(seed):
 def test_random_batches():
     for seed in range(20):
         check_batch(seed)
+
+
+@pytest.mark.parametrize("seed", [49, 106, 714, 849])
+def test_when_a_neighbour_goes_over_to_descent_does_not_matter(seed):
+    """It used to: the window at fixed x began with the first to go, and its sums with it."""
+    check_batch(seed, [partial(Adaptive, patience=patience) for patience in (3, 2, 5)])
 
 
 @pytest.mark.slow
