@@ -6,9 +6,9 @@ inversion of a decoder at batch 48, 40 sweeps. Weights are as they are initializ
 sweep does not depend on them. float32.
 
 Measured, in medians of interleaved calls in one run by time.perf_counter, with the device
-synchronized before and after: a bare sweep (one torch.func.vjp of f, and the loss's gradient), and
-solves by ``OneShot()`` and by the default, run to their limit of sweeps (tol=0). Syncs are those
-that torch.cuda.set_sync_debug_mode reports over a solve, the checks of the inputs included.
+synchronized before and after: a bare sweep (f, its transposed product, and the loss's gradient),
+and solves by ``OneShot()`` and by the default, run to their limit of sweeps (tol=0). Syncs are
+those that torch.cuda.set_sync_debug_mode reports over a solve, the checks of the inputs included.
 
 Without a CUDA device the result says so, and nothing is measured.
 """
@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import implicitopt
+from benchmarks.bare import bare_of
 from benchmarks.clock import interleaved
 from benchmarks.decoders import examples_module
-from benchmarks.gradients import bare_sweep
 from benchmarks.graphed import Graphed
 
 __all__ = ["CASES", "MODES", "SOLVERS", "Case", "measure", "table"]
@@ -149,8 +149,6 @@ def measure_case(case: Case, *, repeats: int) -> dict[str, dict]:
         rows[mode] = {"steps": case.steps}
         try:
             changed = change(case)
-            with torch.no_grad():
-                z = changed.f(case.z0, case.x0)
             # A mode that cannot run shows here: nothing else may hide a wrong result.
             found = changed.solve(implicitopt.OneShot())
             rows[mode]["value"] = found.value.mean().item()
@@ -160,7 +158,7 @@ def measure_case(case: Case, *, repeats: int) -> dict[str, dict]:
         except Exception as raised:
             rows[mode] = {"steps": case.steps, "failed": type(raised).__name__}
             continue
-        calls[mode, "sweep"] = waited(partial(bare_sweep, changed, z, z, case.x0))
+        calls[mode, "sweep"] = waited(bare_of(changed))
         for name, make in SOLVERS.items():
             calls[mode, name] = waited(partial(changed.solve, make()))
     timed = interleaved({f"{mode}\n{what}": call for (mode, what), call in calls.items()},

@@ -5,8 +5,8 @@ the map to 1e-6; and an MDEQ decoder of two branches (640 states, codes of lengt
 digits, trained for a few steps, float64), differentiated in all its parameters to 1e-3, with
 λ/2 ‖x‖² in the loss for λ = 0, .01, .1 and 1.
 
-Measured, in medians of interleaved calls in one run by time.perf_counter: a bare sweep (one
-torch.func.vjp of f, and the loss's gradient), the solve under no_grad, backward of ``sol.value``
+Measured, in medians of interleaved calls in one run by time.perf_counter: a bare sweep (f, its
+transposed product, and the loss's gradient), the solve under no_grad, backward of ``sol.value``
 under ``Envelope()``, attaching it and backward (a warm-started solve of one sweep and its backward,
 less that solve under no_grad), and backward of ½‖x‖² under ``Implicit()``.
 
@@ -29,6 +29,7 @@ from torch import Tensor
 import implicitopt
 from benchmarks import families
 from benchmarks.accuracy import relative_error
+from benchmarks.bare import bare_of
 from benchmarks.clock import interleaved
 from implicitopt import AdjointWarning, Envelope, Implicit, Status
 
@@ -159,15 +160,6 @@ def dense(case: Case, point: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Ten
     return flat(implicit, case.theta), flat(envelope, case.theta)
 
 
-def bare_sweep(case: Case, z: Tensor, mu: Tensor, x: Tensor) -> None:
-    """What no first-order method does without."""
-    with torch.no_grad():
-        _, pull = torch.func.vjp(case.f, z, x)
-        pull(mu)
-        value, loss_pull = torch.func.vjp(case.loss, z, x)
-        loss_pull(torch.ones_like(value))
-
-
 def measure_case(case: Case, *, repeats: int) -> dict:
     theta = case.theta
 
@@ -200,7 +192,7 @@ def measure_case(case: Case, *, repeats: int) -> dict:
         report = implicit.adjoint
         seconds = interleaved(
             {
-                "sweep": partial(bare_sweep, case, *point),
+                "sweep": bare_of(case),
                 "solve": forward,
                 "envelope": lambda: gradient(envelope.value.sum()),
                 "again": again_only,

@@ -1,7 +1,8 @@
 """A map whose forward and backward passes are replayed as CUDA graphs.
 
 ``torch.cuda.make_graphed_callables`` does the same for modules, by an autograd.Function of the old
-style, which ``torch.func.vjp`` refuses; this one is of the new style.
+style, which ``torch.func`` refuses and ``solve`` does not check for side effects; this one is of
+the new style, and takes a pytree.
 """
 
 from __future__ import annotations

@@ -14,8 +14,9 @@ import torch
 from tabulate import tabulate
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.bare import bare
 from benchmarks.clock import one_thread
-from benchmarks.overhead import SOLVERS, bare, mdeq
+from benchmarks.overhead import SOLVERS, mdeq
 from implicitopt import OneShot
 from implicitopt.iteration import iterate
 from implicitopt.select import Best

@@ -1,9 +1,9 @@
 """What a solver's step costs over a bare sweep.
 
 A bare sweep is f, its transposed product, and the loss with its gradient: ``KKT.sweep`` without
-its norms. Solves of as many steps are timed in turn with as many bare sweeps, and the medians of
-the ratios are shown. And counted, which no other load disturbs: the tensor operations of a step,
-each a kernel to launch on a GPU.
+its norms. What it takes by ``torch.func.vjp`` is shown beside it. Solves of as many steps are timed
+in turn with as many bare sweeps, and the medians of the ratios are shown. And counted, which no
+other load disturbs: the tensor operations of a step, each a kernel to launch on a GPU.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from tabulate import tabulate
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.bare import bare
 from benchmarks.clock import now
 from benchmarks.families import linear_quadratic, tanh
 from implicitopt import Adaptive, Anderson, Joint, OneShot
@@ -26,6 +27,8 @@ from implicitopt.solve import _prepare
 
 __all__ = ["mdeq", "measure", "operations", "table"]
 
+#: The column of a sweep by ``torch.func.vjp``.
+BY_FUNC = "torch.func.vjp"
 #: The row of the table that is counted.
 OPERATIONS = "tensor operations of a step, tanh"
 
@@ -64,25 +67,20 @@ def problems(quick: bool) -> dict[str, Callable[[], tuple[Any, ...]]]:
     return dict(list(made.items())[::3]) if quick else made
 
 
-def bare(kkt: Any, point: Any) -> None:
-    """One sweep's evaluations, nothing else."""
-    z, mu, x = point
-    _, f_vjp = torch.func.vjp(kkt.state_map, z, x)[:2]
-    f_vjp(mu)
-    value, loss_vjp = torch.func.vjp(kkt.objective, z, x)[:2]
-    loss_vjp(torch.ones_like(value))
-
-
 @torch.no_grad()
 def ratios(arguments: tuple[Any, ...], steps: int, repeats: int) -> dict[str, Any]:
     """Per solver the median ratio of times, and the milliseconds of a bare sweep."""
     kkt, start, _ = _prepare(*arguments, None, False, None)
     solve = partial(iterate, kkt, start=start, max_steps=steps, tol=0, rule=Best())
     found: dict[str, list[float]] = {name: [] for name in SOLVERS}
-    plain = []
+    plain, by_func = [], []
     for _ in range(3):
         bare(kkt, start)
     for _ in range(repeats):
+        begin = now()
+        for _ in range(steps):
+            bare(kkt, start, torch.func.vjp)
+        by_func.append((now() - begin) / steps)
         for name, make in SOLVERS.items():
             begin = now()
             for _ in range(steps):
@@ -91,7 +89,8 @@ def ratios(arguments: tuple[Any, ...], steps: int, repeats: int) -> dict[str, An
             solve(make())
             found[name].append((now() - middle) / (middle - begin))
             plain.append((middle - begin) / steps)
-    return {"ms": 1e3 * median(plain), **{name: median(each) for name, each in found.items()}}
+    times = {"ms": 1e3 * median(plain), BY_FUNC: median(by_func) / median(plain)}
+    return times | {name: median(each) for name, each in found.items()}
 
 
 class _Operations(TorchDispatchMode):
@@ -135,10 +134,10 @@ def measure(*, quick: bool, bar: Callable[..., Any]) -> dict[str, dict[str, floa
 def table(found: dict[str, dict[str, float]]) -> str:
     """A row per problem."""
     rows = [
-        [name, f"{row['ms']:.2f}", *(f"{row[solver]:.2f}" for solver in SOLVERS)]
+        [name, f"{row['ms']:.2f}", *(f"{row[column]:.2f}" for column in (BY_FUNC, *SOLVERS))]
         for name, row in found.items()
         if name != OPERATIONS
     ]
-    rows.append([OPERATIONS, "", *(str(found[OPERATIONS][solver]) for solver in SOLVERS)])
-    header = ["a step over a bare sweep", "bare, ms", *SOLVERS]
+    rows.append([OPERATIONS, "", "", *(str(found[OPERATIONS][solver]) for solver in SOLVERS)])
+    header = ["a step over a bare sweep", "bare, ms", BY_FUNC, *SOLVERS]
     return tabulate(rows, header, tablefmt="github", disable_numparse=True)

@@ -10,8 +10,8 @@ is a fixed point of the augmented map [eq. 9-11]
     μ⁺ = (∂f/∂z)ᵀ μ + (∂ℓ/∂z)ᵀ                       (∇_z L = μ⁺ − μ)
     x⁺ = P_C( x − α g ),  g = (∂f/∂x)ᵀ μ + (∂ℓ/∂x)ᵀ   (∇_x L = g)
 
-One `torch.func.vjp` of f gives f, (∂f/∂z)ᵀμ and (∂f/∂x)ᵀμ together; with the loss's gradient that
-is one *sweep*, the unit of work everywhere in this library.
+One vector-Jacobian product of f gives f, (∂f/∂z)ᵀμ and (∂f/∂x)ᵀμ together; with the loss's gradient
+that is one *sweep*, the unit of work everywhere in this library.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor
 
+from implicitopt.pullback import Pull, guarded_pullback, pullback
 from implicitopt.tree import Layout, Tree
 
 __all__ = [
@@ -199,14 +200,21 @@ class KKT:
     def sweep(self, point: Point) -> Sweep:
         """One evaluation of the augmented map's ingredients, eq. 9-11."""
         z, mu, x = point
-        image, f_vjp = torch.func.vjp(self.state_map, z, x)[:2]
-        f_z, f_x = f_vjp(mu)
-        value, loss_vjp = torch.func.vjp(self.objective, z, x)[:2]
-        loss_z, loss_x = loss_vjp(torch.ones_like(value))
+        vjp = self._vjp
+        image, pull = vjp(self.state_map, z, x)
+        f_z, f_x = pull(mu, retain_graph=False)
+        value, pull = vjp(self.objective, z, x)
+        loss_z, loss_x = pull(torch.ones_like(value), retain_graph=False)
         self.work.f += 1
         self.work.vjp += 1
         self.work.loss += 1
-        return self._measured(point, image, f_z + loss_z, f_x + loss_x, value)
+        # A copy, since f may write its next image where this one is, as CUDA graphs do.
+        return self._measured(point, image.clone(), f_z + loss_z, f_x + loss_x, value)
+
+    @property
+    def _vjp(self) -> Callable[..., tuple[Tensor, Pull]]:
+        """Guarded the first time, as what f and the loss capture stays the same."""
+        return guarded_pullback if self.work.loss == 0 else pullback
 
     def _measured(self, point: Point, f: Tensor, mu: Tensor, grad: Tensor, value: Tensor) -> Sweep:
         """The sweep with the relative norms of the KKT blocks, eq. 14."""
@@ -231,17 +239,17 @@ class KKT:
 
     def linearize(self, z: Tensor, x: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
         """μ ↦ (∂f/∂z)ᵀ μ at one (z, x), to be applied many times, and ∂ℓ/∂z there."""
-        _, f_vjp = torch.func.vjp(lambda z: self.state_map(z, x), z)[:2]
-        value, loss_vjp = torch.func.vjp(lambda z: self.objective(z, x), z)[:2]
+        vjp = self._vjp
+        _, f_pull = vjp(lambda z: self.state_map(z, x), z)
+        value, loss_pull = vjp(lambda z: self.objective(z, x), z)
         self.work.f += 1
         self.work.loss += 1
 
         def pull(mu: Tensor) -> Tensor:
             self.work.vjp += 1
-            (out,) = f_vjp(mu)
-            return cast(Tensor, out)
+            return f_pull(mu, retain_graph=True)[0]
 
-        return pull, cast(Tensor, loss_vjp(torch.ones_like(value))[0])
+        return pull, loss_pull(torch.ones_like(value), retain_graph=False)[0]
 
     def constrain(self, x: Tensor) -> Tensor:
         """P_C(x)."""

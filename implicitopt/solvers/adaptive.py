@@ -21,7 +21,7 @@ __all__ = ["Adaptive", "AdaptiveState"]
 SHARE = 0.3
 #: A state residual at which an iterate's score means something here. Farther from any equilibrium,
 #: as what a solve returns may be, descent would run away where there is none.
-FEASIBLE = 3e-2
+FEASIBLE = 1e-2
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,171 @@
+"""The transposed Jacobian of a sweep: that of ``torch.func.vjp``, and where it differs."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+import implicitopt
+from implicitopt.pullback import guarded_pullback, pullback
+
+W = torch.linalg.qr(torch.randn(5, 5, generator=torch.manual_seed(0), dtype=torch.float64)).Q
+
+
+class OldStyle(torch.autograd.Function):
+    """tanh as many a kernel is wrapped, with ``ctx`` in forward: torch.func refuses it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = torch.tanh(x)
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx, g):
+        (y,) = ctx.saved_tensors
+        return g * (1 - y * y)
+
+
+FUNCTIONS = {
+    "smooth": lambda z, x: torch.tanh(z @ W + x),
+    "in place": lambda z, x: (z @ W).add_(x).tanh_(),
+    "indexed": lambda z, x: torch.stack([z[:, 0] * x[:, 1], z[:, 2].exp()], dim=1),
+    "without x": lambda z, x: z.square(),
+    "constant": lambda z, x: torch.ones(3, 2, dtype=z.dtype),
+    "a parameter alone": lambda z, x: PARAMETER * 1.0,
+    "the input itself": lambda z, x: z,
+    "detached in part": lambda z, x: z * x.detach(),
+}
+PARAMETER = torch.nn.Parameter(torch.ones(3, 2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_it_is_that_of_torch_func(name):
+    function = FUNCTIONS[name]
+    torch.manual_seed(1)
+    z, x = torch.randn(2, 3, 5, dtype=torch.float64)
+    with torch.no_grad():
+        expected, expected_pull = torch.func.vjp(function, z, x)
+        image, pull = pullback(function, z, x)
+        cotangent = torch.randn_like(expected)
+        wanted = expected_pull(cotangent)
+        for retain_graph in (True, False):
+            found = pull(cotangent, retain_graph=retain_graph)
+            assert all(map(torch.equal, found, wanted))
+    assert torch.equal(image, expected)
+    assert not any(tensor.requires_grad for tensor in (image, z, x))
+    assert PARAMETER.grad is None
+
+
+def test_what_a_function_captures_is_not_changed_in_place():
+    seen = torch.zeros(2, dtype=torch.float64)
+
+    def function(z):
+        seen.copy_(z.sum(1))
+        return z * seen[:, None]
+
+    with pytest.raises(RuntimeError, match="mutate a captured"):
+        guarded_pullback(function, torch.ones(2, 3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        implicitopt.Adaptive(),
+        implicitopt.Nested(partial(implicitopt.ProjectedGradient, lr=0.1)),
+    ],
+)
+def test_batch_norm_in_training_is_refused(solver):
+    norm = torch.nn.BatchNorm1d(3)
+    with pytest.raises(RuntimeError, match="mutate a captured"):
+        implicitopt.solve(
+            lambda z, x: torch.tanh(0.5 * norm(z) + x),
+            lambda z, x: (z - 0.3).square().sum(-1),
+            torch.zeros(4, 3),
+            solver=solver,
+        )
+
+
+def tanh_problem() -> tuple[Tensor, Tensor]:
+    torch.manual_seed(2)
+    return 0.8 * W, torch.randn(4, 5, dtype=torch.float64) / 2
+
+
+def solved(f):
+    """The solution for a map, and the gradient of a function of it in a captured scale."""
+    A, target = tanh_problem()
+    scale = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+
+    def loss(z, x):
+        return 0.5 * (z - target).square().sum(-1) + 0.05 * x.square().sum(-1)
+
+    sol = implicitopt.solve(
+        lambda z, x: f(scale * (z @ A) + x), loss, torch.zeros(4, 5, dtype=torch.float64),
+        adjoint=implicitopt.Implicit(), tol=1e-10,
+    )  # fmt: skip
+    (grad,) = torch.autograd.grad(sol.x.square().sum(), scale)
+    return sol, grad
+
+
+def test_functions_of_the_old_style_are_solved():
+    (expected, expected_grad), (sol, grad) = solved(torch.tanh), solved(OldStyle.apply)
+    assert sol.converged.all()
+    torch.testing.assert_close(sol.x, expected.x, rtol=0, atol=1e-12)
+    torch.testing.assert_close(grad, expected_grad)
+
+
+@pytest.mark.parametrize("solver", [implicitopt.Adaptive(patience=4), implicitopt.OneShot()])
+def test_a_map_may_write_all_its_images_in_one_place(solver):
+    """As ``torch.cuda.make_graphed_callables`` does; and its gradients too."""
+    A, target = tanh_problem()
+    places = [torch.zeros(4, 5, dtype=torch.float64) for _ in range(2)]
+
+    class InPlace(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, v):
+            places[0].copy_(v.tanh())
+            return places[0].detach()
+
+        @staticmethod
+        def backward(ctx, g):
+            places[1].copy_(g * (1 - places[0] * places[0]))
+            return places[1].detach()
+
+    def loss(z, x):
+        return 0.5 * (z - target).square().sum(-1) + 0.05 * x.square().sum(-1)
+
+    found = [
+        implicitopt.solve(
+            lambda z, x, tanh=tanh: tanh(z @ A + x), loss,
+            torch.zeros(4, 5, dtype=torch.float64), solver=solver, max_steps=30, tol=0.0,
+        )
+        for tanh in (OldStyle.apply, InPlace.apply)
+    ]  # fmt: skip
+    for name in ("x", "z", "mu", "value", "steps"):
+        assert torch.equal(getattr(found[0], name), getattr(found[1], name)), name
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="needs torch 2.6")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo's own look at it
+def test_a_compiled_map_runs_compiled():
+    """In all sweeps but the first, which looks for side effects."""
+    runs = []
+
+    def backend(module, inputs):
+        def run(*values):
+            runs.append(torch.is_grad_enabled())
+            return module(*values)
+
+        return run
+
+    A, target = tanh_problem()
+    f = torch.compile(lambda z, x: torch.tanh(z @ A + x), backend=backend)
+    sol = implicitopt.solve(
+        f, lambda z, x: (z - target).square().sum(-1) + x.square().sum(-1),
+        torch.zeros(4, 5, dtype=torch.float64), max_steps=12, tol=0.0,
+    )  # fmt: skip
+    assert sol.sweeps.f == 12
+    assert sum(runs) >= 11
