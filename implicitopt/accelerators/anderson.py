@@ -26,6 +26,11 @@ ROUNDING = 1e-6
 WIDE = 2048
 
 
+def window(unknowns: int) -> int:
+    """How many differences of so many unknowns are kept where nobody says."""
+    return min(60, max(10, 60_000 // max(1, unknowns)))
+
+
 @dataclass(frozen=True)
 class Anderson:
     """Anderson acceleration: extrapolate from the last differences of iterates and residuals.
@@ -74,8 +79,7 @@ class Anderson:
         check_option("Anderson damping", self.damping, float, above=0, most=1)
 
     def init(self, v: Tensor) -> AndersonState:
-        memory = self.memory or min(60, max(10, 60_000 // max(1, v.shape[1])))
-        return AndersonState.empty(v, memory, self.kind)
+        return AndersonState.empty(v, self.memory or window(v.shape[1]), self.kind)
 
     def step(self, state: AndersonState, v: Tensor, Fv: Tensor) -> tuple[Tensor, AndersonState]:
         return self.step_from_residual(state, v, Fv - v)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from implicitopt.accelerators.anderson import Anderson, AndersonState
+from implicitopt.accelerators.anderson import Anderson, AndersonState, window
 from implicitopt.kkt import KKT, Point, Sweep, choose, norm, some
 from implicitopt.options import check_option
 from implicitopt.rows import take
@@ -25,6 +25,8 @@ __all__ = ["OneShot", "OneShotState"]
 #: The trust radius to begin with, as a share of 1 + ‖x‖: from anywhere, and from where an earlier
 #: solve ended (μ is not 0), which is near a solution.
 COLD, WARM = 0.3, 0.03
+#: Quasi-Newton pairs to keep, where there is room: more are no better.
+MOST_PAIRS = 20
 #: Sweeps at one x after which the step is decided on whatever accuracy there is.
 MOST_SWEEPS = 30
 #: Errors of L may be this large against the change of L that is judged.
@@ -46,8 +48,9 @@ class OneShot:
     descend, a projected gradient step is taken.
 
     Args:
-        memory: quasi-Newton pairs, and steps for the prediction.
-        inner_memory: of the acceleration at fixed x.
+        memory: quasi-Newton pairs, and steps for the prediction. None: 20, fewer for more than
+            three thousand unknowns, at least 10.
+        inner_memory: of the acceleration at fixed x. None: as ``Anderson`` has it.
         accuracy: relative accuracy of ∇ₓL at which x moves, between 0 and 1.
 
     Raises:
@@ -67,13 +70,14 @@ class OneShot:
     [True, True]
     """
 
-    memory: int = 10
-    inner_memory: int = 10
+    memory: int | None = None
+    inner_memory: int | None = None
     accuracy: float = 0.1
 
     def __post_init__(self) -> None:
-        check_option("OneShot memory", self.memory, int, least=1)
-        check_option("OneShot inner_memory", self.inner_memory, int, least=1)
+        for name in ("memory", "inner_memory"):
+            if getattr(self, name) is not None:
+                check_option(f"OneShot {name}", getattr(self, name), int, least=1)
         check_option("OneShot accuracy", self.accuracy, float, above=0, below=1)
 
     @property
@@ -182,13 +186,14 @@ class OneShotState:
         zero = torch.zeros_like(norm(start.x))
         no, none = zero > 0, zero.long()
         inner = Anderson("II", memory=options.inner_memory).init(torch.cat(start[:2], dim=1))
+        memory = options.memory or min(MOST_PAIRS, window(sum(block.shape[1] for block in start)))
         return cls(
             center=start, center_grad=torch.zeros_like(start.x),
             center_tangent=torch.zeros_like(start.x), center_value=zero,
             center_error=zero, centered=no, radius=COLD * (1 + norm(start.x)),
             accuracy=zero + options.accuracy, rejections=none, sweeps=none, decided=no,
-            pairs=Secants.empty(options.memory, start.x, start.x),
-            following=Secants.empty(options.memory, start.x, start.z, start.z), inner=inner,
+            pairs=Secants.empty(memory, start.x, start.x),
+            following=Secants.empty(memory, start.x, start.z, start.z), inner=inner,
             grad=torch.zeros_like(start.x), tangent=torch.zeros_like(start.x), value=zero,
             residual=zero, rate=zero + 0.5, grad_factor=zero, value_factor=zero, size=zero,
         )  # fmt: skip
