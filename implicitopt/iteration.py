@@ -21,6 +21,8 @@ __all__ = ["Outcome", "Progress", "Solver", "iterate"]
 CHECK_EVERY = 5
 #: A problem is stalled when, for this many steps, neither residual nor loss improved notably.
 PATIENCE = 100
+#: Steps between looks at that.
+LOOK_EVERY = 10
 #: Finished problems leave the batch when no more than this share of it is left.
 LEAVE = 0.5
 #: Returns to the best iterate, with a smaller step, before a non-finite problem is given up.
@@ -186,6 +188,21 @@ def _check_narrowed(fewer: KKT, part: Point, kkt: KKT, point: Point, rows: Tenso
             )
 
 
+class Found(NamedTuple):
+    """Numbers of an iterate, all ``(B,)``, in the order in which they are kept side by side."""
+
+    z: Tensor  #: relative state residual
+    mu: Tensor
+    x: Tensor
+    residual: Tensor  #: the relative KKT residual
+    value: Tensor
+    score: Tensor
+
+    def kept(self, lowest: Tensor) -> Kept:
+        """As the rules see it, with the lowest residual so far."""
+        return Kept(self.value, self.residual, self.z, self.score, lowest)
+
+
 class _Record:
     """What is kept of a run, per problem."""
 
@@ -202,9 +219,8 @@ class _Record:
         self.kkt, self.tol, self.rule = kkt, tol, rule
         self.point = start
         self.start_size = kkt.sizes(start).state
-        self.value = full(float("nan"), like.dtype)
-        self.residuals = Residuals(full(inf), full(inf), full(inf))
-        self.kept = Kept(full(inf), full(inf), full(inf), full(inf), full(inf))
+        self.found = torch.stack([full(inf)] * len(Found._fields), dim=1)
+        self.lowest = full(inf)
         self.active = full(1, torch.bool)
         self.status = full(Status.MAX_STEPS, torch.int64)
         self.steps = full(0, torch.int64)
@@ -216,8 +232,8 @@ class _Record:
 
     #: What there is of each problem, and changes.
     PER_PROBLEM = (
-        "point", "start_size", "value", "residuals", "kept", "active", "status", "steps",
-        "failures", "mark", "mark_score", "since", "drawn",
+        "point", "start_size", "found", "lowest", "active", "status", "steps", "failures", "mark",
+        "mark_score", "since", "drawn",
     )  # fmt: skip
 
     def take(self, rows: Tensor) -> _Record:
@@ -241,28 +257,32 @@ class _Record:
         """Take in one sweep; returns the problems that became non-finite and may be retried."""
         value, residuals, total = sweep.value, sweep.residuals, sweep.total
         finite = (total < math.inf) & (value.abs() < math.inf)  # and no NaN
-        running, failed = self.active & finite, self.active & ~finite
+        running = self.active & finite
+        failed = self.active ^ running
         reached = self._settled(sweep) & running
         candidate = Candidate.of(step, sweep)
-        keep = running & (self.rule(candidate, self.kept) | reached)
-        self._keep(keep, point, value, candidate)
+        found = Found(*self.found.unbind(1))
+        keep = running & (self.rule(candidate, found.kept(self.lowest)) | reached)
+        self._keep(keep, point, candidate)
         self.steps = self.steps + self.active
-        stalled = self._stalled(candidate) & running & ~reached
+        stalled = self._stalled(step) & running & ~reached
         if self.drawn is not None:
             self._draw(running, point)
-        hopeless = failed
-        if some(failed):
-            self.failures = self.failures + failed
-            known = self.kept.residual < math.inf
-            hopeless = failed & ((self.failures > RETRIES) | ~known)
-        finished = reached | stalled | hopeless
-        if some(finished):
-            self.status = self.status.masked_fill(reached, Status.CONVERGED)
-            self.status = self.status.masked_fill(stalled, Status.STALLED)
-            self.status = self.status.masked_fill(hopeless, Status.NONFINITE)
-            self.active = self.active & ~finished
         if self.history is not None:
             self.history.append((value * self.kkt.sign, residuals))
+        return self._end(reached, stalled, failed, found)
+
+    def _end(self, reached: Tensor, stalled: Tensor, failed: Tensor, before: Found) -> Tensor:
+        """Who is finished, and how; returns the non-finite ones that may be retried."""
+        if not some(reached | stalled | failed):
+            return failed
+        self.failures = self.failures + failed
+        known = before.residual < math.inf
+        hopeless = failed & ((self.failures > RETRIES) | ~known)
+        self.status = self.status.masked_fill(reached, Status.CONVERGED)
+        self.status = self.status.masked_fill(stalled, Status.STALLED)
+        self.status = self.status.masked_fill(hopeless, Status.NONFINITE)
+        self.active = self.active & ~(reached | stalled | hopeless)
         return failed & ~hopeless
 
     def _settled(self, sweep: Sweep) -> Tensor:
@@ -276,30 +296,29 @@ class _Record:
         if not some(small):
             return small
         state = sweep.residuals.z * sizes.whole <= self.tol * sizes.state
-        rounding = torch.finfo(self.value.dtype).eps
+        rounding = torch.finfo(self.point.x.dtype).eps
         # With a tol of 0 an exact solution is one too, but not where rounding alone made it so.
         within = max(self.tol, rounding) ** 0.5
         near = (total + rounding) * sizes.whole <= within * self.start_size
         settled: Tensor = small & state & near
         return settled
 
-    def _keep(self, keep: Tensor, point: Point, value: Tensor, new: Candidate) -> None:
-        lowest = torch.fmin(self.kept.lowest_residual, new.residual)  # past NaN
-        kept = Kept(new.value, new.residual, new.residuals.z, new.score, lowest)
-        self.point, self.value, self.residuals, self.kept = choose(
-            keep,
-            (point, value, new.residuals, kept),
-            (self.point, self.value, self.residuals, self.kept._replace(lowest_residual=lowest)),
-        )
+    def _keep(self, keep: Tensor, point: Point, new: Candidate) -> None:
+        self.lowest = torch.fmin(self.lowest, new.residual)  # past NaN
+        found = torch.stack((*new.residuals, new.residual, new.value, new.score), dim=1)
+        self.point, self.found = choose(keep, (point, found), (self.point, self.found))
 
-    def _stalled(self, new: Candidate) -> Tensor:
-        total, score = new.residual, self.kept.score
+    def _stalled(self, step: int) -> Tensor:
+        """Looked for every ``LOOK_EVERY`` steps: what is compared only ever falls."""
+        if (step + 1) % LOOK_EVERY:
+            return torch.zeros_like(self.active)
+        score = Found(*self.found.unbind(1)).score
         bar = self.mark_score - 1e-4 * (1e-8 + self.mark_score.abs())
-        improved = (total < 0.9 * self.mark) | ~(score >= bar)  # bar is NaN before the first mark
+        improved = (self.lowest < 0.9 * self.mark) | ~(score >= bar)  # bar is NaN at first
         self.mark, self.mark_score = choose(
-            improved, (torch.fmin(total, self.mark), score), (self.mark, self.mark_score)
+            improved, (self.lowest, score), (self.mark, self.mark_score)
         )
-        self.since = (self.since + 1).masked_fill(improved, 0)
+        self.since = (self.since + LOOK_EVERY).masked_fill(improved, 0)
         return self.since >= PATIENCE
 
     def _draw(self, running: Tensor, point: Point) -> None:
@@ -317,16 +336,13 @@ class _Record:
             history = History(
                 torch.stack(values), Residuals(*map(torch.stack, zip(*residuals, strict=True)))
             )
-        status = torch.where(
-            torch.isfinite(self.kept.residual),
-            self.status,
-            torch.full_like(self.status, Status.NONFINITE),
-        )
+        found = Found(*self.found.unbind(1))
+        never = ~found.residual.isfinite()
         return Outcome(
             self.point,
-            self.value,
-            self.residuals,
-            status,
+            found.value.masked_fill(never, math.nan).to(self.point.x.dtype),
+            Residuals(found.z, found.mu, found.x),
+            self.status.masked_fill(never, Status.NONFINITE),
             self.steps - initial,
             history,
             self.drawn,

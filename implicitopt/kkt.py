@@ -228,7 +228,7 @@ class KKT:
             stationarity = x - self.constrain(x - grad)
         sizes = self.sizes(point)
         lengths = [norm(block) for block in (off, adjoint_off, stationarity)]
-        residuals = Residuals(*(length / sizes.whole for length in lengths))
+        residuals = Residuals(*(torch.stack(lengths) / sizes.whole).unbind())
         coupling = (point.mu * off).sum(dim=1)  # not a product of matrices: autocast would round it
         wide = value.to(sizes.whole.dtype)
         lagrangian = wide + coupling
@@ -257,11 +257,11 @@ class KKT:
 
     def sizes(self, point: Point) -> Sizes:
         """What residuals at the point are relative to."""
-        z, mu, x = (norm(block).square() for block in point)
-        state = z + x
-        whole = 1 + torch.sqrt(state + mu)
+        z, mu, x = map(norm, point)
+        state = torch.hypot(z, x)
+        whole = 1 + torch.hypot(state, mu)
         # A norm that overflows would hide every residual: 0·∞ is NaN, and the point non-finite.
-        return Sizes(1 + torch.sqrt(state), whole + 0 * whole)
+        return Sizes(1 + state, whole + 0 * whole)
 
     def gradient(self, point: Point) -> Point:
         """The KKT map ∇L as a differentiable function of the point and of everything f and ℓ read.

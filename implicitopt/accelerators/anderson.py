@@ -105,7 +105,7 @@ class Anderson:
         return take(state, rows)
 
     def _coefficients(self, state: AndersonState) -> Tensor:
-        """c, ``(B, m)``: zero for differences left out, and for a problem whose solve failed."""
+        """c, ``(B, m)``: zero for differences left out, not finite where the solve failed."""
         k = state.filled
         unit = state.unit[:, :k]
         use = unit > 0
@@ -114,17 +114,15 @@ class Anderson:
                 state.look_apart()
             use &= state.apart[:, :k]
         # A difference left out becomes a row of the identity.
-        gram = torch.where(use[:, :, None] & use[:, None], state.gram[:, :k, :k], 0.0)
+        gram = state.gram[:, :k, :k] * (use[:, :, None] & use[:, None])
         diagonal = gram.diagonal(dim1=1, dim2=2)
         scale = diagonal.abs().amax(dim=1, keepdim=True)
         # Type I: SᵀY is about −SᵀS near a contraction, so the ridge keeps each pivot's sign.
         shift = torch.copysign(self.ridge * scale, diagonal)
-        diagonal.add_(shift.masked_fill(~use, 1.0))
-        rhs = torch.where(use, state.in_r[:, :k], 0.0)
-        c, info = torch.linalg.solve_ex(gram, rhs[..., None])
-        c = c[..., 0]
-        solved = (info == 0) & (norm(c) < math.inf)
-        return torch.where(solved[:, None], c * unit, 0.0)
+        diagonal.add_(shift.masked_fill_(~use, 1.0))
+        c, _ = torch.linalg.solve_ex(gram, (state.in_r[:, :k] * use)[..., None])
+        coefficients: Tensor = c[..., 0] * unit
+        return coefficients
 
 
 @dataclass
@@ -140,7 +138,7 @@ class AndersonState:
     kind: str
     ring: Tensor  # (B, m, 2, n) t_i and u_i
     gram: Tensor  # (B, m, m) float64, ⟨t_i, y_j⟩
-    gram_s: Tensor  # (B, m, m) float64, ⟨s_i, s_j⟩ (type I)
+    gram_s: Tensor  # (B, m, m) float64, ⟨s_i, s_j⟩ for the later one of the two as j (type I)
     in_r: Tensor  # (B, m) float64, ⟨t_i, r⟩ with the last r
     unit: Tensor  # (B, m) float64, 1/‖t_i‖; 0: does not count
     apart: Tensor  # (B, m) bool: independent of newer ones, when last looked at (type I)
@@ -202,7 +200,7 @@ class AndersonState:
                 u.masked_fill_(void[:, None], 0.0)
                 unit = unit.masked_fill(void, 0.0)
             self.unit[:, self.newest] = unit
-            self.apart[:, self.newest] = True
+            self.apart[:, self.newest].fill_(True)
         self.last, self.fresh = (v, r), None
 
     def update_gram(self, damping: float) -> None:
@@ -217,11 +215,12 @@ class AndersonState:
         if self.kind == "II":
             self.gram[:, :k, at] = self.gram[:, at, :k] = in_t
         else:
-            self.gram_s[:, :k, at] = self.gram_s[:, at, :k] = in_t
+            self.gram_s[:, :k, at] = in_t
             # y is the difference of two r, of which all products are known but the newest t's.
             self.gram[:, :k, at] = (in_r - self.in_r[:, :k]) * own
-            in_u = (_products(U, t[:, None]) * unit)[:, 0] * own
-            self.gram[:, at, :k] = (in_u - in_t) / damping
+            in_u = _products(U, t[:, None])[:, 0] * (unit[:, 0] * own)
+            in_y = in_u - in_t
+            self.gram[:, at, :k] = in_y if damping == 1 else in_y / damping
         self.in_r[:, :k] = in_r
 
     def mix(self, plain: Tensor, c: Tensor) -> Tensor:
@@ -233,7 +232,8 @@ class AndersonState:
     def look_apart(self) -> None:
         """Find which differences are not, nearly, combinations of newer ones."""
         k, m = self.filled, self.ring.shape[1]
-        # Slots from the newest to the oldest; read the other way, it is the same permutation.
+        # Slots from the newest to the oldest, so that what is kept is the lower triangle, which is
+        # all that is read; the other way, it is the same permutation.
         order = (self.newest - torch.arange(k, device=self.unit.device)) % m
         gram = self.gram_s[:, order[:, None], order]
         # The Cholesky factor's diagonal is each unit difference's distance to the span before it;
@@ -252,4 +252,4 @@ class AndersonState:
 def _products(window: Tensor, rows: Tensor) -> Tensor:
     """⟨row, w_i⟩ of each row with each of the window's, ``(B, rows, m)``, in float64."""
     # In this order: the transposed product, of the same numbers, takes four times as long.
-    return (rows @ window.mT).double()
+    return torch.bmm(rows, window.mT).double()

@@ -137,7 +137,9 @@ class AdaptiveState:
         residuals = sweep.residuals
         lower = (residuals.z <= FEASIBLE) & (sweep.score < self.score)
         better = torch.where(self.off <= FEASIBLE, lower, residuals.z < self.off)
-        self.best = choose(better, Point(sweep.f, sweep.mu, point.x), self.best)
-        self.score = torch.where(better, sweep.score, self.score)
-        self.off = torch.where(better, residuals.z, self.off)
+        self.best, self.score, self.off = choose(
+            better,
+            (Point(sweep.f, sweep.mu, point.x), sweep.score, residuals.z),
+            (self.best, self.score, self.off),
+        )
         self.lowest = torch.fmin(sweep.total, self.lowest)  # past NaN
