@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from implicitopt.accelerators.anderson import Anderson
-from implicitopt.accelerators.protocol import Accelerator, check_accelerator
+from implicitopt.accelerators.protocol import Accelerator, accelerate, check_accelerator
 from implicitopt.adjoint.implicit import LinearOptions, attach_root
 from implicitopt.inputs import (
     call_unchanged,
@@ -26,7 +27,7 @@ from implicitopt.inputs import (
     tensors,
     without_gradient,
 )
-from implicitopt.kkt import at_hand, norm
+from implicitopt.kkt import at_hand, choose, norm
 from implicitopt.options import check_callable, check_option
 from implicitopt.solution import AdjointReport
 from implicitopt.tree import Layout, Tree
@@ -69,18 +70,17 @@ def picard_to_rest(
     active = torch.ones_like(lowest, dtype=torch.bool)
     every = 1 if at_hand(active) else CHECK_EVERY
     for step in range(max_steps):
-        image = map_(v)
-        residual = norm(image - v) / (1 + norm(v))
+        r = map_(v) - v
+        residual = norm(r) / (1 + norm(v))
         better = active & (residual < lowest)  # False for NaN
-        best = torch.where(better[:, None], v, best)
-        lowest = torch.where(better, residual, lowest)
+        best, lowest = choose(better, (v, residual), (best, lowest))
         steps = steps + active
         active = active & (lowest > tol) & (residual < math.inf)
         last = step + 1 == max_steps
         if last or ((step + 1) % every == 0 and not bool(active.any())):
             break
-        moved, state = accelerator.step(state, v, image)
-        v = torch.where(active[:, None], moved, v)
+        moved, state = accelerate(accelerator, state, v, r)
+        v = choose(active, moved, v)
     return best, lowest, steps
 
 
@@ -156,8 +156,8 @@ def fixed_point(
     start = layout.flatten(check_map(f, z0, constant)).to(first.dtype)
     tol = default_tol(first.dtype) if tol is None else float(tol)
 
-    def image(z: Tensor, at: Tree) -> Tensor:
-        return layout.flatten(call_unchanged(f, layout.unflatten(z), at), "f(z, x)").to(z.dtype)
+    def image(z: Tensor, at: Tree, call: Callable[..., Tree] = f) -> Tensor:
+        return layout.flatten(call(layout.unflatten(z), at), "f(z, x)").to(z.dtype)
 
     with without_gradient():
         z, residual, _ = picard_to_rest(
@@ -172,5 +172,8 @@ def fixed_point(
             stacklevel=2,
         )
     if torch.is_grad_enabled():
-        z = attach_root(lambda z: image(z, x) - z, z, options, AdjointReport(), symmetric=False)
+        unchanged = partial(call_unchanged, f)
+        z = attach_root(
+            lambda z: image(z, x, unchanged) - z, z, options, AdjointReport(), symmetric=False
+        )
     return layout.unflatten(z)

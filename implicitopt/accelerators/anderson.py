@@ -138,7 +138,7 @@ class AndersonState:
     kind: str
     ring: Tensor  # (B, m, 2, n) t_i and u_i
     gram: Tensor  # (B, m, m) float64, ⟨t_i, y_j⟩
-    gram_s: Tensor  # (B, m, m) float64, ⟨s_i, s_j⟩ for the later one of the two as j (type I)
+    gram_s: Tensor  # (B, m, m) float64, ⟨s_i, s_j⟩ for the later one as j (type II: empty)
     in_r: Tensor  # (B, m) float64, ⟨t_i, r⟩ with the last r
     unit: Tensor  # (B, m) float64, 1/‖t_i‖; 0: does not count
     apart: Tensor  # (B, m) bool: independent of newer ones, when last looked at (type I)
@@ -156,7 +156,7 @@ class AndersonState:
             # Not read before it is written, and big: zeros would cost a pass over it.
             ring=v.new_empty(rows, memory, 2, n, dtype=wide),
             gram=square,
-            gram_s=square.clone(),
+            gram_s=square.clone() if kind == "I" else square[:, :0, :0],
             in_r=square[:, 0].clone(),
             unit=square[:, 0].clone(),
             apart=torch.ones(rows, memory, dtype=torch.bool, device=v.device),

@@ -6,7 +6,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
-__all__ = ["Accelerator", "FromResidual", "Restartable", "check_accelerator", "take_rows"]
+__all__ = ["Accelerator", "Restartable", "accelerate", "check_accelerator", "take_rows"]
 
 
 @runtime_checkable
@@ -35,17 +35,15 @@ class Restartable(Protocol):
         ...
 
 
-@runtime_checkable
-class FromResidual(Protocol):
-    """An accelerator that can be given the residual itself.
+def accelerate(accelerator: Accelerator, state: Any, v: Tensor, r: Tensor) -> tuple[Tensor, Any]:
+    """The accelerator's step where F(v) = v + r, by its ``step_from_residual`` if it has one.
 
-    Near a solution r = F(v) − v is known to more digits than the difference of F(v) and v, each
-    rounded, has left.
+    Near a solution r is known to more digits than the difference of F(v) and v, each rounded, has
+    left.
     """
-
-    def step_from_residual(self, state: Any, v: Tensor, r: Tensor) -> tuple[Tensor, Any]:
-        """``step(state, v, v + r)``."""
-        ...
+    own = getattr(accelerator, "step_from_residual", None)
+    found: tuple[Tensor, Any] = own(state, v, r) if own else accelerator.step(state, v, v + r)
+    return found
 
 
 def check_accelerator(name: str, accelerator: Any) -> None:

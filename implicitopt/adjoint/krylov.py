@@ -8,6 +8,7 @@ half precisions), all scalars and small matrices in float64.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -235,7 +236,7 @@ def _gmres_pass(
     hessenberg = rhs.new_zeros(len(rhs), length + 1, length, dtype=torch.float64)
     null = torch.zeros_like(hessenberg[:, :, 0])
     null[:, 0] = 1.0
-    size = torch.zeros_like(null[:, 0])
+    square, most = null[:, 0].clone(), target**-2  # ‖q‖², and what it is at the target
     steps, columns, products = torch.zeros_like(budget), torch.zeros_like(budget), 0
     tiny = torch.finfo(rhs.dtype).eps
     for step in range(length):
@@ -245,20 +246,22 @@ def _gmres_pass(
         y = apply(v if unit is None else unit(v))
         products += 1
         steps = steps + active
-        reach = _dot(y, y).sqrt()
+        reach = _length(y)
         y, first = basis.remove_from(y, basis)
         y, second = basis.remove_from(y, basis)
-        h, height = first + second, _dot(y, y).sqrt()
-        sound = active & height.isfinite() & h.isfinite().all(dim=1)
+        h, height = first + second, _length(y)
+        sound = active & (height < math.inf)  # and so is all of h
         columns = columns + sound
-        size = torch.where(sound, torch.maximum(size, reach), size)
-        hessenberg[:, : step + 1, step] = torch.where(sound[:, None], h, 0.0)
-        hessenberg[:, step + 1, step] = torch.where(sound, height, 0.0)
+        column = torch.cat((h, height[:, None]), dim=1)
+        hessenberg[:, : step + 2, step] = column.masked_fill_(~sound[:, None], 0.0)
         active = sound & (height > tiny * reach) & (steps < budget)
-        entry = -(h * null[:, : step + 1]).sum(dim=1) / height
-        null[:, step + 1] = torch.where(active, entry, 0.0)
-        active = active & (null.square().sum(dim=1) < target**-2)
+        entry = (h * null[:, : step + 1]).sum(dim=1) / height
+        entry = torch.where(active, entry, 0.0)
+        null[:, step + 1] = -entry
+        square = square + entry.square()
+        active = active & (square < most)
         v = _divide(y, height, active)
+    size = torch.linalg.vector_norm(hessenberg, dim=1).amax(dim=1)  # ‖A M⁻¹ v‖ at most
     # With this ridge ε ‖A‖ ‖x‖ ≤ ROUNDING, also where a singular A makes H singular.
     ridge = torch.where(size > 0, size * tiny / (2 * ROUNDING), 1.0)
     x = torch.zeros_like(rhs)
@@ -343,13 +346,19 @@ class _Basis:
     def remove_from(self, y: Tensor, dual: _Basis) -> tuple[Tensor, Tensor]:
         """y less its components along these vectors, and the components: dualᵀ y, float64."""
         used = min(self.count, self.size)
-        parts = torch.bmm(dual.rows[:, :used], y[:, :, None])
-        y = y - torch.bmm(self.rows[:, :used].transpose(1, 2), parts).squeeze(2)
-        return y, parts.squeeze(2).double()
+        y = y[:, None]
+        parts = torch.bmm(y, dual.rows[:, :used].mT)
+        y = torch.baddbmm(y, parts, self.rows[:, :used], alpha=-1)
+        return y.squeeze(1), parts.squeeze(1).double()
 
 
 def _dot(u: Tensor, v: Tensor) -> Tensor:
     return (u * v).sum(dim=1, dtype=torch.float64)
+
+
+def _length(v: Tensor) -> Tensor:
+    length: Tensor = torch.linalg.vector_norm(v, dim=1, dtype=torch.float64)
+    return length
 
 
 def _norm(v: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ from torch import Tensor
 from implicitopt.accelerators.anderson import Anderson
 from implicitopt.accelerators.protocol import (
     Accelerator,
-    FromResidual,
     Restartable,
+    accelerate,
     check_accelerator,
     take_rows,
 )
@@ -143,10 +143,8 @@ class Joint:
         n, v, r = point.z.shape[1], point.joined(), self._residual(kkt, point, sweep, state)
         if warming:
             mixed = v + r
-        elif isinstance(self.accelerator, FromResidual):
-            mixed, state.inner = self.accelerator.step_from_residual(state.inner, v, r)
         else:
-            mixed, state.inner = self.accelerator.step(state.inner, v, v + r)
+            mixed, state.inner = accelerate(self.accelerator, state.inner, v, r)
         moved = Point.split(self._within_reach(v, r, mixed, sweep.sizes.whole), n)
         if kkt.project is not None:  # mixing leaves C
             moved = moved._replace(x=kkt.constrain(moved.x))
