@@ -114,13 +114,15 @@ class Anderson:
                 state.look_apart()
             use &= state.apart[:, :k]
         # A difference left out becomes a row of the identity.
-        gram = state.gram[:, :k, :k] * (use[:, :, None] & use[:, None])
+        out = ~use
+        gram = state.gram[:, :k, :k].masked_fill(out[:, :, None] | out[:, None], 0.0)
         diagonal = gram.diagonal(dim1=1, dim2=2)
         scale = diagonal.abs().amax(dim=1, keepdim=True)
         # Type I: SᵀY is about −SᵀS near a contraction, so the ridge keeps each pivot's sign.
         shift = torch.copysign(self.ridge * scale, diagonal)
-        diagonal.add_(shift.masked_fill_(~use, 1.0))
-        c, _ = torch.linalg.solve_ex(gram, (state.in_r[:, :k] * use)[..., None])
+        diagonal.add_(shift.masked_fill_(out, 1.0))
+        rhs = state.in_r[:, :k].masked_fill(out, 0.0)
+        c, _ = torch.linalg.solve_ex(gram, rhs[..., None])
         coefficients: Tensor = c[..., 0] * unit
         return coefficients
 
