@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -70,7 +69,8 @@ def picard_to_rest(
     active = torch.ones_like(lowest, dtype=torch.bool)
     every = 1 if at_hand(active) else CHECK_EVERY
     for step in range(max_steps):
-        r = map_(v) - v
+        image = map_(v)
+        r = image - v
         residual = norm(r) / (1 + norm(v))
         better = active & (residual < lowest)  # False for NaN
         best, lowest = choose(better, (v, residual), (best, lowest))
@@ -79,7 +79,7 @@ def picard_to_rest(
         last = step + 1 == max_steps
         if last or ((step + 1) % every == 0 and not bool(active.any())):
             break
-        moved, state = accelerate(accelerator, state, v, r)
+        moved, state = accelerate(accelerator, state, v, r, image)
         v = choose(active, moved, v)
     return best, lowest, steps
 
@@ -156,8 +156,8 @@ def fixed_point(
     start = layout.flatten(check_map(f, z0, constant)).to(first.dtype)
     tol = default_tol(first.dtype) if tol is None else float(tol)
 
-    def image(z: Tensor, at: Tree, call: Callable[..., Tree] = f) -> Tensor:
-        return layout.flatten(call(layout.unflatten(z), at), "f(z, x)").to(z.dtype)
+    def image(z: Tensor, at: Tree) -> Tensor:
+        return layout.flatten(call_unchanged(f, layout.unflatten(z), at), "f(z, x)").to(z.dtype)
 
     with without_gradient():
         z, residual, _ = picard_to_rest(
@@ -172,8 +172,5 @@ def fixed_point(
             stacklevel=2,
         )
     if torch.is_grad_enabled():
-        unchanged = partial(call_unchanged, f)
-        z = attach_root(
-            lambda z: image(z, x, unchanged) - z, z, options, AdjointReport(), symmetric=False
-        )
+        z = attach_root(lambda z: image(z, x) - z, z, options, AdjointReport(), symmetric=False)
     return layout.unflatten(z)

@@ -319,7 +319,7 @@ def check_map(f: Callable[[Tree, Tree], Tree], z: Tree, x: Tree) -> Tree:
     """f(z, x), after checking that f maps states to states and can be differentiated."""
     image = _call("f", f, ("z", z), ("x", x))
     check_image(image, z)
-    return detached(image)
+    return _copied(image)  # f may write its next image where this one is, as CUDA graphs do
 
 
 def check_image(image: Tree, z: Tree) -> None:

@@ -21,7 +21,7 @@ __all__ = ["Outcome", "Progress", "Solver", "iterate"]
 CHECK_EVERY = 5
 #: A problem is stalled when, for this many steps, neither residual nor loss improved notably.
 PATIENCE = 100
-#: Steps between looks at that.
+#: Steps between looks at that: at the lowest residual so far, and the score of what is kept.
 LOOK_EVERY = 10
 #: Finished problems leave the batch when no more than this share of it is left.
 LEAVE = 0.5
@@ -309,7 +309,7 @@ class _Record:
         self.point, self.found = choose(keep, (point, found), (self.point, self.found))
 
     def _stalled(self, step: int) -> Tensor:
-        """Looked for every ``LOOK_EVERY`` steps: what is compared only ever falls."""
+        """Who has got nowhere for ``PATIENCE`` steps; a look every ``LOOK_EVERY`` steps."""
         if (step + 1) % LOOK_EVERY:
             return torch.zeros_like(self.active)
         score = Found(*self.found.unbind(1)).score

@@ -175,6 +175,7 @@ class KKT:
     project: Callable[[Tensor], Tensor] | None = None  # on (B, d); None: C is everything
     sign: float = 1.0  # −1 to maximize: everything inside is the minimization of −ℓ
     work: Work = field(default_factory=Work)
+    guarded: bool = False  # whether f and the loss have been looked at for side effects
 
     def state_map(self, z: Tensor, x: Tensor) -> Tensor:
         """f on matrices: ``(B, n), (B, d) -> (B, n)``."""
@@ -200,21 +201,24 @@ class KKT:
     def sweep(self, point: Point) -> Sweep:
         """One evaluation of the augmented map's ingredients, eq. 9-11."""
         z, mu, x = point
-        vjp = self._vjp
+        vjp = self._vjp()
         image, pull = vjp(self.state_map, z, x)
         f_z, f_x = pull(mu, retain_graph=False)
+        # Copies: f and the loss may write each result where their last one is, as CUDA graphs do.
+        image, f_z, f_x = image.clone(), f_z.clone(), f_x.clone()
         value, pull = vjp(self.objective, z, x)
         loss_z, loss_x = pull(torch.ones_like(value), retain_graph=False)
         self.work.f += 1
         self.work.vjp += 1
         self.work.loss += 1
-        # A copy, since f may write its next image where this one is, as CUDA graphs do.
-        return self._measured(point, image.clone(), f_z + loss_z, f_x + loss_x, value)
+        return self._measured(point, image, f_z.add_(loss_z), f_x.add_(loss_x), value)
 
-    @property
     def _vjp(self) -> Callable[..., tuple[Tensor, Pull]]:
-        """Guarded the first time, as what f and the loss capture stays the same."""
-        return guarded_pullback if self.work.loss == 0 else pullback
+        """Guarded the first time: what changes nothing then is taken to change nothing later."""
+        if self.guarded:
+            return pullback
+        self.guarded = True
+        return guarded_pullback
 
     def _measured(self, point: Point, f: Tensor, mu: Tensor, grad: Tensor, value: Tensor) -> Sweep:
         """The sweep with the relative norms of the KKT blocks, eq. 14."""
@@ -239,7 +243,7 @@ class KKT:
 
     def linearize(self, z: Tensor, x: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
         """μ ↦ (∂f/∂z)ᵀ μ at one (z, x), to be applied many times, and ∂ℓ/∂z there."""
-        vjp = self._vjp
+        vjp = self._vjp()
         _, f_pull = vjp(lambda z: self.state_map(z, x), z)
         value, loss_pull = vjp(lambda z: self.objective(z, x), z)
         self.work.f += 1
@@ -249,7 +253,7 @@ class KKT:
             self.work.vjp += 1
             return f_pull(mu, retain_graph=True)[0]
 
-        return pull, loss_pull(torch.ones_like(value), retain_graph=False)[0]
+        return pull, loss_pull(torch.ones_like(value), retain_graph=False)[0].clone()
 
     def constrain(self, x: Tensor) -> Tensor:
         """P_C(x)."""

@@ -2,18 +2,20 @@
 
 ``torch.func.vjp`` wraps every operation, which takes a tenth of the time of a sweep of an MDEQ
 decoder and a third of one of a small map, and runs compiled functions uncompiled. It refuses
-functions that change what they capture, though. So a solve begins with it and goes on without.
+functions that change what they capture, though. So a solve begins with it and goes on without: a
+function that begins to change things later is not found out.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 __all__ = ["Pull", "guarded_pullback", "pullback"]
 
@@ -46,7 +48,8 @@ def pullback(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, 
 def guarded_pullback(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, Pull]:
     """``pullback``, by ``torch.func.vjp``: in-place changes of captured tensors are an error.
 
-    An ``autograd.Function`` of the old style, which it cannot transform, goes without this.
+    It cannot transform an ``autograd.Function`` of the old style. Of a function that calls one only
+    the buffers of modules are watched, as batch norm changes them.
     """
     try:
         with _uncompiled():
@@ -54,16 +57,54 @@ def guarded_pullback(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[
     except RuntimeError as error:
         if "setup_context" not in str(error):
             raise
-        return pullback(function, *inputs)
+        with _unchanged_buffers():
+            return pullback(function, *inputs)
     return image, pull
 
 
-def _uncompiled() -> AbstractContextManager[object]:
+@contextmanager
+def _unchanged_buffers() -> Iterator[None]:
+    """Raise if a module that is called meanwhile changes a buffer of its own."""
+    seen: list[tuple[nn.Module, Tensor, int]] = []
+
+    def note(module: nn.Module, inputs: object) -> None:
+        seen.extend((module, b, b._version) for b in module.buffers(recurse=False))
+
+    with nn.modules.module.register_module_forward_pre_hook(note):
+        yield
+    for module, buffer, version in seen:
+        if buffer._version != version:
+            raise RuntimeError(
+                f"f and the loss must not mutate a captured Tensor; a {type(module).__name__} "
+                "changed one of its buffers. Call .eval() on the model, or use group norm."
+            )
+
+
+#: How many are in ``_uncompiled`` now, of all threads, and what they undo at last.
+_inside, _undo, _lock = 0, ExitStack(), threading.Lock()
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
     """Run compiled functions as they were, as they do inside of ``torch.func``'s transforms.
 
     A compiler that meets one of its functions in there would leave it uncompiled for good.
     """
-    stance = getattr(torch.compiler, "set_stance", None)  # from torch 2.6 on
-    if stance is None or "torch._dynamo" not in sys.modules:  # nothing is compiled; it loads slowly
-        return nullcontext()
-    return stance("force_eager")  # type: ignore[no-any-return]
+    global _inside
+    stance = getattr(torch.compiler, "set_stance", None)  # from torch 2.6 on; of all threads
+    # Where nothing has been compiled its module, which loads slowly, is not there yet.
+    if stance is None or "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with _lock:
+        if _inside == 0:
+            with suppress(RuntimeError):  # refused where the caller of all this is compiled
+                _undo.enter_context(stance("force_eager"))
+        _inside += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _inside -= 1
+            if _inside == 0:
+                _undo.close()

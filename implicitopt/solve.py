@@ -243,7 +243,7 @@ def _narrowing(
             )
         some = kkt.x_layout.unflatten(start.x[rows])
         constrain = check_projection(found[2], some, kkt.x_layout) if project is not None else None
-        return replace(kkt, f=found[0], loss=found[1], project=constrain)
+        return replace(kkt, f=found[0], loss=found[1], project=constrain, guarded=False)
 
     return narrow
 

@@ -394,3 +394,23 @@ def test_low_precision_keeps_its_dtype_and_converges(accelerator, dtype, tol):
     assert seen[-1].dtype == dtype
     lowest = min((v.to(F64) - solution).norm(dim=1).max() for v in seen)
     assert lowest <= tol * (1 + solution.norm())
+
+
+def test_a_subclass_of_anderson_may_have_a_step_of_its_own():
+    """It is given to no shortcut around that."""
+    calls = []
+
+    class Counted(Anderson):
+        def step(self, state, v, Fv):
+            calls.append(1)
+            return super().step(state, v, Fv)
+
+    x = torch.ones(2, 3)
+    implicitopt.fixed_point(lambda z, x: 0.5 * z.cos() + x, x, accelerator=Counted("II"))
+    assert calls
+    calls.clear()
+    implicitopt.solve(
+        lambda z, x: 0.5 * z.cos() + x, lambda z, x: (z - 1).square().sum(-1), x,
+        solver=Joint(Counted()), max_steps=9, tol=0.0,
+    )  # fmt: skip
+    assert len(calls) == 6  # of 9 sweeps the last moves nothing, and two steps are plain

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -117,10 +119,11 @@ def test_functions_of_the_old_style_are_solved():
     torch.testing.assert_close(grad, expected_grad)
 
 
-@pytest.mark.parametrize("solver", [implicitopt.Adaptive(patience=4), implicitopt.OneShot()])
-def test_a_map_may_write_all_its_images_in_one_place(solver):
-    """As ``torch.cuda.make_graphed_callables`` does; and its gradients too."""
-    A, target = tanh_problem()
+def in_place_tanh():
+    """tanh that writes all its results, and all its gradients, in one place each.
+
+    As the functions of ``torch.cuda.make_graphed_callables`` do.
+    """
     places = [torch.zeros(4, 5, dtype=torch.float64) for _ in range(2)]
 
     class InPlace(torch.autograd.Function):
@@ -134,18 +137,98 @@ def test_a_map_may_write_all_its_images_in_one_place(solver):
             places[1].copy_(g * (1 - places[0] * places[0]))
             return places[1].detach()
 
-    def loss(z, x):
-        return 0.5 * (z - target).square().sum(-1) + 0.05 * x.square().sum(-1)
+    return InPlace.apply
 
+
+@pytest.mark.parametrize("max_steps", [1, 2, 30])
+@pytest.mark.parametrize("solver", [implicitopt.Adaptive(patience=4), implicitopt.OneShot()])
+def test_a_map_may_write_all_its_images_in_one_place(solver, max_steps):
+    A, target = tanh_problem()
+    x0 = torch.randn(4, 5, dtype=torch.float64)
     found = [
         implicitopt.solve(
-            lambda z, x, tanh=tanh: tanh(z @ A + x), loss,
-            torch.zeros(4, 5, dtype=torch.float64), solver=solver, max_steps=30, tol=0.0,
+            lambda z, x, tanh=tanh: tanh(z @ A + x),
+            lambda z, x, tanh=tanh: (tanh(z - x) - target).square().sum(-1) + x.square().sum(-1),
+            x0, solver=solver, max_steps=max_steps, tol=0.0,
         )
-        for tanh in (OldStyle.apply, InPlace.apply)
+        for tanh in (OldStyle.apply, in_place_tanh())
     ]  # fmt: skip
     for name in ("x", "z", "mu", "value", "steps"):
         assert torch.equal(getattr(found[0], name), getattr(found[1], name)), name
+    z, x = found[1].z.detach(), found[1].x.detach()
+    off = (torch.tanh(z @ A + x) - z).norm(dim=1)
+    whole = 1 + torch.cat([z, x, found[1].mu.detach()], dim=1).norm(dim=1)
+    torch.testing.assert_close(found[1].residuals.z, off / whole)
+
+
+def test_a_fixed_point_is_that_of_a_map_that_writes_in_one_place():
+    A, _ = tanh_problem()
+    x = torch.randn(4, 5, dtype=torch.float64)
+    z, expected = (
+        implicitopt.fixed_point(lambda z, x, tanh=tanh: tanh(z @ A + x), x, tol=1e-10)
+        for tanh in (in_place_tanh(), torch.tanh)
+    )
+    torch.testing.assert_close(z, expected, rtol=0, atol=1e-8)
+
+
+def test_a_map_that_writes_on_its_state_only_where_nothing_is_recorded():
+    A, _ = tanh_problem()
+
+    def f(z, x):
+        image = torch.tanh(z @ A + x)
+        return image if torch.is_grad_enabled() else z.copy_(image)
+
+    with pytest.raises(ValueError, match="in place"), torch.no_grad():
+        implicitopt.fixed_point(f, torch.ones(4, 5, dtype=torch.float64))
+
+
+def test_old_style_functions_do_not_hide_batch_norm_in_training():
+    """A backward hook on a module is such a function."""
+    net = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
+    net.register_full_backward_hook(lambda module, before, after: None)
+    with pytest.raises(RuntimeError, match="a BatchNorm1d changed"):
+        implicitopt.solve(
+            lambda z, x: torch.tanh(0.5 * net(z) + x), lambda z, x: (z - 0.3).square().sum(-1),
+            torch.zeros(4, 3),
+        )  # fmt: skip
+    assert net.eval()
+    assert implicitopt.solve(
+        lambda z, x: torch.tanh(0.5 * net(z) + x), lambda z, x: (z - 0.3).square().sum(-1),
+        torch.zeros(4, 3),
+    ).x.isfinite().all()  # fmt: skip
+
+
+def test_what_subset_returns_is_looked_at_too():
+    A, target = tanh_problem()
+    target[0] = torch.tanh(target[0] @ A)  # finished sooner than the others
+    calls = torch.zeros((), dtype=torch.float64)
+
+    def of(rows, counted=True):
+        def f(z, x):
+            return torch.tanh(z @ A + x) + (calls.add_(z.sum()) * 0 if counted else 0)
+
+        return f, lambda z, x: (z - target[rows]).square().sum(-1) * (1 + 20 * rows)
+
+    with pytest.raises(RuntimeError, match="mutate a captured"):
+        implicitopt.solve(
+            *of(torch.arange(4), counted=False), torch.zeros(4, 5, dtype=torch.float64), subset=of
+        )
+
+
+def test_a_gradient_may_be_taken_under_autocast():
+    A, target = (part.float() for part in tanh_problem())
+    scale = torch.tensor(1.0, requires_grad=True)
+
+    def gradient(enabled):
+        sol = implicitopt.solve(
+            lambda z, x: torch.tanh(scale * (z @ A) + x),
+            lambda z, x: (z - target).square().sum(-1) + 0.1 * x.square().sum(-1),
+            torch.zeros(4, 5), adjoint=implicitopt.Implicit(), tol=1e-5,
+        )  # fmt: skip
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            return torch.autograd.grad(sol.x.square().sum(), scale)[0]
+
+    torch.testing.assert_close(gradient(True), gradient(False), rtol=3e-2, atol=1e-3)
 
 
 @pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="needs torch 2.6")
@@ -169,3 +252,27 @@ def test_a_compiled_map_runs_compiled():
     )  # fmt: skip
     assert sol.sweeps.f == 12
     assert sum(runs) >= 11
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="needs torch 2.6")
+def test_the_compiler_is_as_it_was_after_solves_in_two_threads():
+    from torch._dynamo import eval_frame
+
+    before, turns = eval_frame._stance, threading.Barrier(2, timeout=30)
+
+    def f(z, x):
+        if first.get(threading.get_ident(), True):
+            first[threading.get_ident()] = False
+            turns.wait()  # both are in their first call
+        return torch.tanh(0.5 * z + x)
+
+    def run():
+        implicitopt.solve(
+            f, lambda z, x: (z - 0.3).square().sum(-1), torch.zeros(2, 3), max_steps=4, tol=0.0
+        )
+
+    first: dict[int, bool] = {}
+    with ThreadPoolExecutor(2) as pool:
+        for each in [pool.submit(run) for _ in range(2)]:
+            each.result()
+    assert eval_frame._stance == before

@@ -105,7 +105,10 @@ class Anderson:
         return take(state, rows)
 
     def _coefficients(self, state: AndersonState) -> Tensor:
-        """c, ``(B, m)``: zero for differences left out, not finite where the solve failed."""
+        """c, ``(B, m)``: zero for differences left out, and for a problem whose solve failed.
+
+        Or not finite, which the step is then, too.
+        """
         k = state.filled
         unit = state.unit[:, :k]
         use = unit > 0
@@ -122,9 +125,9 @@ class Anderson:
         shift = torch.copysign(self.ridge * scale, diagonal)
         diagonal.add_(shift.masked_fill_(out, 1.0))
         rhs = state.in_r[:, :k].masked_fill(out, 0.0)
-        c, _ = torch.linalg.solve_ex(gram, rhs[..., None])
-        coefficients: Tensor = c[..., 0] * unit
-        return coefficients
+        c, info = torch.linalg.solve_ex(gram, rhs[..., None])
+        solved: Tensor = (c[..., 0] * unit).masked_fill(info[:, None] != 0, 0.0)
+        return solved
 
 
 @dataclass

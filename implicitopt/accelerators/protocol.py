@@ -6,6 +6,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from implicitopt.accelerators.anderson import Anderson
+
 __all__ = ["Accelerator", "Restartable", "accelerate", "check_accelerator", "take_rows"]
 
 
@@ -35,15 +37,17 @@ class Restartable(Protocol):
         ...
 
 
-def accelerate(accelerator: Accelerator, state: Any, v: Tensor, r: Tensor) -> tuple[Tensor, Any]:
-    """The accelerator's step where F(v) = v + r, by its ``step_from_residual`` if it has one.
+def accelerate(
+    accelerator: Accelerator, state: Any, v: Tensor, r: Tensor, Fv: Tensor | None = None
+) -> tuple[Tensor, Any]:
+    """The accelerator's step where F(v) = v + r; ``Anderson`` is given r itself.
 
     Near a solution r is known to more digits than the difference of F(v) and v, each rounded, has
     left.
     """
-    own = getattr(accelerator, "step_from_residual", None)
-    found: tuple[Tensor, Any] = own(state, v, r) if own else accelerator.step(state, v, v + r)
-    return found
+    if isinstance(accelerator, Anderson) and type(accelerator).step is Anderson.step:
+        return accelerator.step_from_residual(state, v, r)
+    return accelerator.step(state, v, v + r if Fv is None else Fv)
 
 
 def check_accelerator(name: str, accelerator: Any) -> None:

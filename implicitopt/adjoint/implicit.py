@@ -251,7 +251,8 @@ class _System:
     def _krylov(self, v: Tensor, c: Tensor, *, transpose: bool) -> Tensor:
         sound = torch.isfinite(c).all(dim=1)
         product = self.product(v, transpose=transpose, record=False)
-        with torch.no_grad():
+        # Autocast off: it would round what is small on purpose.
+        with torch.no_grad(), torch.autocast(c.device.type, enabled=False):
             result = self._solved(product, torch.where(sound[:, None], c, torch.zeros_like(c)))
         solved = result.converged & sound
         status = torch.full_like(result.steps, Status.MAX_STEPS)

@@ -250,7 +250,7 @@ def _gmres_pass(
         y, first = basis.remove_from(y, basis)
         y, second = basis.remove_from(y, basis)
         h, height = first + second, _length(y)
-        sound = active & (height < math.inf)  # and so is all of h
+        sound = active & (height < math.inf)  # h too: an infinite part makes y NaN
         columns = columns + sound
         column = torch.cat((h, height[:, None]), dim=1)
         hessenberg[:, : step + 2, step] = column.masked_fill_(~sound[:, None], 0.0)

@@ -10,6 +10,7 @@ from torch import Tensor
 from implicitopt.accelerators.anderson import Anderson
 from implicitopt.fixed_point import picard_to_rest
 from implicitopt.kkt import KKT, Point, norm
+from implicitopt.pullback import guarded_pullback
 
 __all__ = [
     "Directions", "attainable", "coupling", "derivative_error", "expansion", "plain_iteration",
@@ -132,7 +133,7 @@ def derivative_error(
         value = function(*blocks[:which], block, *blocks[which + 1 :])
         return value.reshape(len(point), -1)
 
-    _, vjp = torch.func.vjp(at, point)[:2]
+    _, pull = guarded_pullback(at, point)
     errors = []
     for _ in range(3):
         d = directions.like(point)
@@ -144,7 +145,7 @@ def derivative_error(
         seen = (size > noise)[:, None]
         u = torch.where(seen, change, random)
         u = u / norm(u)[:, None]
-        (pulled,) = vjp(u.to(above.dtype))
+        (pulled,) = pull(u.to(above.dtype), retain_graph=True)
         found, expected = (pulled.double() * d.double()).sum(dim=1), (u * change).sum(dim=1)
         excess = ((found - expected).abs() - noise).clamp(min=0)
         errors.append(excess / (torch.maximum(found.abs(), expected.abs()) + noise))

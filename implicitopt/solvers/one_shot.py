@@ -48,8 +48,8 @@ class OneShot:
     descend, a projected gradient step is taken.
 
     Args:
-        memory: quasi-Newton pairs, and steps for the prediction. None: 20, fewer for more than
-            three thousand unknowns, at least 10.
+        memory: quasi-Newton pairs, and steps for the prediction. None: 20, fewer where z, μ
+            and x are more than three thousand numbers, at least 10.
         inner_memory: of the acceleration at fixed x. None: as ``Anderson`` has it.
         accuracy: relative accuracy of ∇ₓL at which x moves, between 0 and 1.
 
