@@ -1,9 +1,9 @@
 """What one hard problem costs a batch of 64, with and without ``solve(..., subset=...)``.
 
-An untrained MDEQ decoder's own images are easy targets where codes are held short; noise, where
-they are not, is a hard one: the hardest of sixteen is taken, and given ten times the sweeps of the
-others at most. The time of the batch with it over that of the batch without is shown, in turn,
-medians.
+An untrained MDEQ decoder's own images are easy targets where codes are held short. The hard one is
+noise, matched in the 1-norm, whose kinks keep it from its tolerance: it makes ten times the sweeps
+of the others, and ends there. The time of the batch with it over that of the batch without is
+shown, in turn, medians.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from benchmarks.decoders import examples_module
 __all__ = ["measure", "table"]
 
 TOL = 1e-3
-#: Noise images to choose from, and what the hard one gets of the others' sweeps.
-TRIES, TIMES = 16, 10
+#: What the hard one makes of the others' sweeps.
+TIMES = 10
 
 #: Of the decoders' images: what a sweep of one problem costs beside one of 64 depends on it.
 SIDES = (16, 28)
@@ -48,10 +48,12 @@ def _measure(side: int, batch: int, repeats: int, bar: Callable[..., Any]) -> di
 
     def run(target: torch.Tensor, noise: torch.Tensor, steps: int, leave: bool) -> Any:
         def of(rows: torch.Tensor) -> tuple[Any, Any]:
-            goal, weight = target[rows], torch.where(noise[rows], 1e-4, 2.0)
+            goal, kinked = target[rows], noise[rows]
 
             def loss(z: Any, x: torch.Tensor) -> torch.Tensor:
-                return ((decoder.image(z) - goal) ** 2).sum((1, 2, 3)) + weight * (x**2).sum(1)
+                off = (decoder.image(z) - goal).flatten(1)
+                misfit = torch.where(kinked[:, None], 10 * off.abs(), off**2).sum(1)
+                return misfit + torch.where(kinked, 1e-4, 2.0) * (x**2).sum(1)
 
             return decoder.f, loss
 
@@ -62,11 +64,9 @@ def _measure(side: int, batch: int, repeats: int, bar: Callable[..., Any]) -> di
         )  # fmt: skip
         return sol, now() - begin
 
-    none, all_ = torch.zeros(batch, dtype=torch.bool), torch.ones(TRIES, dtype=torch.bool)
+    none, last = torch.zeros(batch, dtype=torch.bool), torch.arange(batch) == batch - 1
     sweeps = int(run(easy, none, 300, False)[0].steps.max())
-    noise = torch.rand(TRIES, *easy.shape[1:])
-    hardest = run(noise, all_, TIMES * sweeps, False)[0].steps.argmax()
-    hard, last = torch.cat([easy[:-1], noise[hardest][None]]), torch.arange(batch) == batch - 1
+    hard = torch.cat([easy[:-1], torch.rand_like(easy[-1:])])
     ratios: dict[str, list[float]] = {"all stay": [], "finished leave": []}
     for _ in bar(range(repeats), desc="stragglers"):
         base = run(easy, none, TIMES * sweeps, False)[1]

@@ -143,7 +143,7 @@ def test_overhead_is_measured_against_a_bare_sweep():
 @pytest.mark.slow
 def test_a_straggler_costs_less_where_the_others_leave():
     (found,) = stragglers.measure(quick=True, bar=quiet)
-    assert found["sweeps of the hard one"] > 3 * found["sweeps of the others"]
+    assert found["sweeps of the hard one"] >= 8 * found["sweeps of the others"]
     assert found["finished leave"] < found["all stay"]
 
 
