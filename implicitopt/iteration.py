@@ -198,6 +198,10 @@ class Found(NamedTuple):
     value: Tensor
     score: Tensor
 
+    @classmethod
+    def of(cls, new: Candidate) -> Found:
+        return cls(*new.residuals, new.residual, new.value, new.score)
+
     def kept(self, lowest: Tensor) -> Kept:
         """As the rules see it, with the lowest residual so far."""
         return Kept(self.value, self.residual, self.z, self.score, lowest)
@@ -236,6 +240,11 @@ class _Record:
         "mark_score", "since", "drawn",
     )  # fmt: skip
 
+    @property
+    def best(self) -> Found:
+        """The numbers of ``point``, the iterate kept."""
+        return Found(*self.found.unbind(1))
+
     def take(self, rows: Tensor) -> _Record:
         """The record of the problems ``rows`` alone, from here on."""
         part = copy.copy(self)
@@ -261,7 +270,7 @@ class _Record:
         failed = self.active ^ running
         reached = self._settled(sweep) & running
         candidate = Candidate.of(step, sweep)
-        found = Found(*self.found.unbind(1))
+        found = self.best
         keep = running & (self.rule(candidate, found.kept(self.lowest)) | reached)
         self._keep(keep, point, candidate)
         self.steps = self.steps + self.active
@@ -305,14 +314,14 @@ class _Record:
 
     def _keep(self, keep: Tensor, point: Point, new: Candidate) -> None:
         self.lowest = torch.fmin(self.lowest, new.residual)  # past NaN
-        found = torch.stack((*new.residuals, new.residual, new.value, new.score), dim=1)
+        found = torch.stack(Found.of(new), dim=1)
         self.point, self.found = choose(keep, (point, found), (self.point, self.found))
 
     def _stalled(self, step: int) -> Tensor:
         """Who has got nowhere for ``PATIENCE`` steps; a look every ``LOOK_EVERY`` steps."""
         if (step + 1) % LOOK_EVERY:
             return torch.zeros_like(self.active)
-        score = Found(*self.found.unbind(1)).score
+        score = self.best.score
         bar = self.mark_score - 1e-4 * (1e-8 + self.mark_score.abs())
         improved = (self.lowest < 0.9 * self.mark) | ~(score >= bar)  # bar is NaN at first
         self.mark, self.mark_score = choose(
@@ -336,7 +345,7 @@ class _Record:
             history = History(
                 torch.stack(values), Residuals(*map(torch.stack, zip(*residuals, strict=True)))
             )
-        found = Found(*self.found.unbind(1))
+        found = self.best
         never = ~found.residual.isfinite()
         return Outcome(
             self.point,

@@ -1,7 +1,7 @@
 """A function's value with its transposed Jacobian, as ``torch.func.vjp`` gives them.
 
 ``torch.func.vjp`` wraps every operation, which takes a tenth of the time of a sweep of an MDEQ
-decoder and a third of one of a small map, and runs compiled functions uncompiled. It refuses
+decoder and two fifths of one of a small map, and runs compiled functions uncompiled. It refuses
 functions that change what they capture, though. So a solve begins with it and goes on without: a
 function that begins to change things later is not found out.
 """

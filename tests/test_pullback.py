@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -11,7 +9,7 @@ import torch
 from torch import Tensor
 
 import implicitopt
-from implicitopt.pullback import guarded_pullback, pullback
+from implicitopt.pullback import _uncompiled, guarded_pullback, pullback
 
 W = torch.linalg.qr(torch.randn(5, 5, generator=torch.manual_seed(0), dtype=torch.float64)).Q
 
@@ -256,23 +254,14 @@ def test_a_compiled_map_runs_compiled():
 
 @pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="needs torch 2.6")
 def test_the_compiler_is_as_it_was_after_solves_in_two_threads():
+    """Whichever of two first sweeps at one time ends first."""
     from torch._dynamo import eval_frame
 
-    before, turns = eval_frame._stance, threading.Barrier(2, timeout=30)
-
-    def f(z, x):
-        if first.get(threading.get_ident(), True):
-            first[threading.get_ident()] = False
-            turns.wait()  # both are in their first call
-        return torch.tanh(0.5 * z + x)
-
-    def run():
-        implicitopt.solve(
-            f, lambda z, x: (z - 0.3).square().sum(-1), torch.zeros(2, 3), max_steps=4, tol=0.0
-        )
-
-    first: dict[int, bool] = {}
-    with ThreadPoolExecutor(2) as pool:
-        for each in [pool.submit(run) for _ in range(2)]:
-            each.result()
+    before = eval_frame._stance
+    first, second = _uncompiled(), _uncompiled()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert eval_frame._stance.stance == "force_eager"  # the second still is in there
+    second.__exit__(None, None, None)
     assert eval_frame._stance == before

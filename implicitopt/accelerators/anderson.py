@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -107,7 +107,7 @@ class Anderson:
     def _coefficients(self, state: AndersonState) -> Tensor:
         """c, ``(B, m)``: zero for differences left out, and for a problem whose solve failed.
 
-        Or not finite, which the step is then, too.
+        Where the system is nearly singular they may not be finite; then neither is the step.
         """
         k = state.filled
         unit = state.unit[:, :k]
@@ -126,8 +126,7 @@ class Anderson:
         diagonal.add_(shift.masked_fill_(out, 1.0))
         rhs = state.in_r[:, :k].masked_fill(out, 0.0)
         c, info = torch.linalg.solve_ex(gram, rhs[..., None])
-        solved: Tensor = (c[..., 0] * unit).masked_fill(info[:, None] != 0, 0.0)
-        return solved
+        return cast(Tensor, (c[..., 0] * unit).masked_fill(info[:, None] != 0, 0.0))
 
 
 @dataclass
