@@ -534,6 +534,7 @@ def test_tensorboard_has_every_step_once_after_an_interruption(tmp_path):
     failing.act = lambda calls: calls < 7 or 1 / 0
     with pytest.raises(ZeroDivisionError):
         fit_line(failing, tmp_path, save_steps=4)
+    time.sleep(1)  # TensorBoard reads its files by name: the second, then an unpadded count.
     result = fit_line(
         Line(), tmp_path, resume=True, save_steps=4, evaluate=lambda line: {"score": 2}
     )
