@@ -13,6 +13,7 @@ from torch import Tensor
 from implicitopt.accelerators.anderson import Anderson
 from implicitopt.accelerators.protocol import Accelerator, accelerate, check_accelerator
 from implicitopt.adjoint.implicit import LinearOptions, attach_root
+from implicitopt.autocast import autocast_as_now, autocast_off
 from implicitopt.inputs import (
     call_unchanged,
     check_batch,
@@ -155,13 +156,18 @@ def fixed_point(
     layout = Layout.of(z0, batched=batched)
     start = layout.flatten(check_map(f, z0, constant)).to(first.dtype)
     tol = default_tol(first.dtype) if tol is None else float(tol)
+    autocast = autocast_as_now(first.device)
 
     def image(z: Tensor, at: Tree) -> Tensor:
         return layout.flatten(call_unchanged(f, layout.unflatten(z), at), "f(z, x)").to(z.dtype)
 
-    with without_gradient():
+    def constant_image(z: Tensor) -> Tensor:
+        with autocast():
+            return image(z, constant)
+
+    with without_gradient(), autocast_off(first.device):
         z, residual, _ = picard_to_rest(
-            lambda z: image(z, constant), start, accelerator, max_steps=max_steps, tol=tol
+            constant_image, start, accelerator, max_steps=max_steps, tol=tol
         )
     if not bool((residual <= tol).all()):
         warnings.warn(

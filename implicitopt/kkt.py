@@ -17,12 +17,14 @@ that is one *sweep*, the unit of work everywhere in this library.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 
+from implicitopt.autocast import Scope
 from implicitopt.pullback import Pull, guarded_pullback, pullback
 from implicitopt.tree import Layout, Tree
 
@@ -174,17 +176,20 @@ class KKT:
     x_layout: Layout
     project: Callable[[Tensor], Tensor] | None = None  # on (B, d); None: C is everything
     sign: float = 1.0  # −1 to maximize: everything inside is the minimization of −ℓ
+    autocast: Scope = nullcontext  # that f and the loss are called in
     work: Work = field(default_factory=Work)
     guarded: bool = False  # whether f and the loss have been looked at for side effects
 
     def state_map(self, z: Tensor, x: Tensor) -> Tensor:
         """f on matrices: ``(B, n), (B, d) -> (B, n)``."""
-        image = self.f(self.z_layout.unflatten(z), self.x_layout.unflatten(x))
+        with self.autocast():
+            image = self.f(self.z_layout.unflatten(z), self.x_layout.unflatten(x))
         return self.z_layout.flatten(image, "f(z, x)").to(z.dtype)
 
     def objective(self, z: Tensor, x: Tensor) -> Tensor:
         """±ℓ on matrices: ``(B, n), (B, d) -> (B,)``."""
-        value = self.loss(self.z_layout.unflatten(z), self.x_layout.unflatten(x))
+        with self.autocast():
+            value = self.loss(self.z_layout.unflatten(z), self.x_layout.unflatten(x))
         if not isinstance(value, Tensor) or value.numel() != z.shape[0]:
             raise ValueError(
                 f"loss(z, x) must return {z.shape[0]} values at every call, as at the first; got "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Protocol, cast
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from implicitopt.adjoint.envelope import Attached, Envelope
+from implicitopt.autocast import autocast_as_now, autocast_off
 from implicitopt.inputs import (
     check_finite,
     check_map,
@@ -146,7 +148,7 @@ def solve(
         _check_subset(subset, solver)
     kkt, start, shape = _prepare(f, loss, x0, z0, project, maximize, warm_start)
     tol = default_tol(start.x.dtype) if tol is None else float(tol)
-    with without_gradient():
+    with without_gradient(), autocast_off(start.x.device):
         outcome = iterate(
             kkt,
             solver,
@@ -268,7 +270,8 @@ def _prepare(
     batch = problem_count(loss, image, x0)
     sign = -1.0 if maximize else 1.0
     z_layout, x_layout = one_layout(z0, batch), one_layout(x0, batch)
-    kkt = KKT(f, loss, z_layout, x_layout, check_projection(project, x0, x_layout), sign)
+    constrain, autocast = check_projection(project, x0, x_layout), autocast_as_now(first.device)
+    kkt = KKT(f, loss, z_layout, x_layout, constrain, sign, autocast)
     with torch.no_grad():
         z, x = z_layout.flatten(image).to(first.dtype), x_layout.flatten(x0)
         mu = torch.zeros_like(z)
@@ -286,6 +289,7 @@ def _attach(
     report, work = AdjointReport(point=outcome.status), replace(kkt.work)
     point, value = outcome.point, outcome.value
     if torch.is_grad_enabled():
+        kkt = replace(kkt, autocast=nullcontext)  # f in a backward pass: as that finds autocast
         sound = outcome.status != torch.full_like(outcome.status, Status.NONFINITE)
         found = adjoint.attach(kkt, _stand_in(point, sound), value, report)
         z, mu, x, value = (

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from implicitopt.adjoint.envelope import Attached, FirstOrderValue, optimal_value, refuse
 from implicitopt.adjoint.krylov import SMALL, KrylovResult, gmres, minres
+from implicitopt.autocast import autocast_off
 from implicitopt.kkt import KKT, Point
 from implicitopt.options import check_callable, check_option
 from implicitopt.solution import AdjointReport, Status
@@ -251,8 +252,7 @@ class _System:
     def _krylov(self, v: Tensor, c: Tensor, *, transpose: bool) -> Tensor:
         sound = torch.isfinite(c).all(dim=1)
         product = self.product(v, transpose=transpose, record=False)
-        # Autocast off: it would round what is small on purpose.
-        with torch.no_grad(), torch.autocast(c.device.type, enabled=False):
+        with torch.no_grad(), autocast_off(c.device):
             result = self._solved(product, torch.where(sound[:, None], c, torch.zeros_like(c)))
         solved = result.converged & sound
         status = torch.full_like(result.steps, Status.MAX_STEPS)

@@ -57,7 +57,6 @@ class Secants:
 
         Source: Byrd, Nocedal and Schnabel, "Representations of quasi-Newton matrices", 1994, 3.1.
         """
-        # In float64, which autocast leaves alone: it would multiply matrices in half precision.
         S, Y = (ring.double() for ring in self.rings)
         wide = g.double()
         m = S.shape[1]

@@ -100,6 +100,86 @@ def test_under_autocast_the_answer_is_near_that_of_float32(dtype, solver):
     assert (found - gradients(cell)).norm() <= 0.1 * (1 + gradients(cell).norm())
 
 
+def full_precision(function):
+    """A function that turns autocast off within."""
+
+    def narrowed_by_none(*arguments):
+        with torch.autocast("cpu", enabled=False):
+            return function(*arguments)
+
+    return narrowed_by_none
+
+
+def many_states():
+    """f and a loss of 2,100 states, too many for Anderson to keep in float64, and 3 inputs."""
+    generator = torch.Generator().manual_seed(0)
+    mix, target = (0.03 * torch.randn(k, 2100, generator=generator) for k in (3, 2))
+    return (
+        full_precision(lambda z, x: torch.tanh(0.7 * z.roll(1, 1) + x @ mix)),
+        full_precision(lambda z, x: (z - target).square().sum(-1) + 0.1 * x.square().sum(-1)),
+    )
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [*SOLVERS, Joint(Anderson("II")), Joint(Broyden("good")), Joint(Broyden("bad"))],
+    ids=lambda solver: f"{type(solver).__name__} {getattr(solver, 'accelerator', '')}",
+)
+def test_autocast_is_for_f_and_the_loss_alone(solver):
+    """Where those turn it off, nothing is left of it: not a bit of any result."""
+    f, loss = many_states()
+    project = L2Ball(0.5)
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found.append(
+                solve(
+                    f, loss, torch.zeros(2, 3), torch.zeros(2, 2100), solver=solver,
+                    project=project, max_steps=40, tol=1e-5, adjoint=Implicit(max_steps=5),
+                )
+            )  # fmt: skip
+    plain, under = found
+    assert torch.equal(under.steps, plain.steps)
+    for name in ("x", "z", "mu", "value"):
+        assert torch.equal(getattr(under, name), getattr(plain, name)), name
+
+
+@pytest.mark.parametrize("accelerator", [None, Anderson("I"), Broyden()], ids=str)
+def test_autocast_is_for_the_map_of_a_fixed_point_alone(accelerator):
+    f, _ = many_states()
+    x = torch.ones(2, 3)
+    options = {"accelerator": accelerator, "tol": 1e-5, "max_steps": 200}
+    plain = fixed_point(f, x, torch.zeros(2, 2100), **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fixed_point(f, x, torch.zeros(2, 2100), **options), plain)
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["backward outside", "backward inside"])
+def test_f_runs_under_the_autocast_that_holds_where_it_is_called_for(inside):
+    """In the solve as that was called, in a backward pass as that is, though neither says so."""
+    seen = []
+
+    def noting(function):
+        def noted(z, x):
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return function(z, x)
+
+        return noted
+
+    cell = Cell(torch.float32)
+    f, loss = noting(cell), noting(cell.loss)
+    with torch.autocast("cpu", torch.bfloat16):
+        sol = solve(f, loss, start(torch.float32), adjoint=Implicit(tol=1e-2), tol=1e-2)
+        z = fixed_point(f, start(torch.float32), tol=1e-2, adjoint_tol=1e-2)
+    assert seen
+    assert all(seen)
+    seen.clear()
+    with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+        (sol.x.sum() + z.sum()).backward()
+    assert seen
+    assert set(seen) == {inside}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_each_dtype_stays_what_it_is(dtype):
     cell = Cell(torch.float64).to(dtype)
