@@ -106,7 +106,7 @@ class _Operations(TorchDispatchMode):
 
 
 @torch.no_grad()
-def operations(arguments: tuple[Any, ...], solver: Any, between: tuple[int, int] = (12, 52)) -> int:
+def operations(arguments: tuple[Any, ...], solver: Any, between: tuple[int, int] = (20, 60)) -> int:
     """Tensor operations, views too, of a step of the solver with its sweep: a mean over steps."""
     kkt, start, _ = _prepare(*arguments, None, False, None)
     counts = []

@@ -300,7 +300,7 @@ def steps_of(joint: Joint, batch: int) -> list[tuple[Tensor, Tensor, Tensor]]:
     for _ in range(6):
         sweep = kkt.sweep(point)
         moved, state = joint.step(kkt, point, sweep, state)
-        v, grad = torch.cat(point, dim=1), state.alpha * sweep.grad
+        v, grad = torch.cat(point, dim=1), state.size.alpha * sweep.grad
         plain = torch.cat((sweep.f - point.z, sweep.mu - point.mu, -grad), dim=1)
         taken.append((v, plain, torch.cat(moved, dim=1) - v))
         point = moved

@@ -18,20 +18,13 @@ from implicitopt.accelerators.protocol import (
     check_accelerator,
     take_rows,
 )
-from implicitopt.kkt import KKT, Point, Sweep, norm, some
+from implicitopt.kkt import KKT, Point, Sweep, choose, norm, some
 from implicitopt.options import check_option
 from implicitopt.rows import take
+from implicitopt.solvers.step_size import WARMUP, StepSize
 
 __all__ = ["Joint", "StepSizes"]
 
-#: Plain steps at the start, from which the step size in x is set.
-WARMUP = 2
-#: The step size in x that those start from.
-LONGEST = 1.0
-#: The longest plain step in x, as a share of 1 + ‖x‖: from anywhere, and from where an earlier
-#: solve ended (μ is not 0). There ∇ₓL is small, however curved the loss, and says nothing of how
-#: long a step may be.
-COLD, WARM = 1.0, 0.01
 #: How far a step may go, as a share of 1 + ‖(z, μ, x)‖, where the step size in x is chosen here.
 REACH = 0.25
 #: A step beyond that may still be this share of the plain one.
@@ -46,9 +39,11 @@ class StepSizes:
 
     Args:
         z, mu: α_z and α_μ in (0, 1].
-        x: α_x > 0, a number, or a schedule ``step -> α_x``. None: for each problem 1, or less
-            where the first plain steps would be longer than 1 + ‖x‖, or, from a warm start with
-            μ ≠ 0, than a hundredth of that.
+        x: α_x > 0, a number, or a schedule ``step -> α_x``. None: found for each problem, in
+            whatever units x and the loss come. It is 1, or less where the first plain steps would
+            be longer than 1 + ‖x‖ (from a warm start with μ ≠ 0, than a hundredth of that). Where
+            f then lands far from z the step is made again, shorter; where, up to step 18, the
+            gradient has hardly changed along the steps, it becomes one over the curvature met.
 
     Raises:
         ValueError: a number is not as above.
@@ -125,39 +120,46 @@ class Joint:
         return 0
 
     def init(self, kkt: KKT, start: Point) -> tuple[Point, JointState]:
-        longest = torch.where(start.warm, WARM, COLD).to(norm(start.x).dtype)
-        state = JointState(torch.full_like(start.x[:, :1], LONGEST), longest)
-        state.inner = self.accelerator.init(torch.cat(start, dim=1))
-        return start, state
+        inner = self.accelerator.init(torch.cat(start, dim=1))
+        return start, JointState(StepSize.at(start), inner)
 
     def step(
         self, kkt: KKT, point: Point, sweep: Sweep, state: JointState
     ) -> tuple[Point, JointState]:
-        warming = self.steps.x is None and state.count < WARMUP
-        if warming:
-            state.fit_alpha(point, sweep)
-        elif self.steps.x is not None:
-            alpha = self.steps.x(state.count) if callable(self.steps.x) else self.steps.x
-            state.alpha = state.shrink * torch.full_like(state.alpha, alpha)
+        step, size, given = state.count, state.size, self.steps.x
         state.count += 1
-        n, v, r = point.z.shape[1], point.joined(), self._residual(kkt, point, sweep, state)
+        warming, too_long = given is None and step < WARMUP, None
+        if warming:
+            size.fit(point, sweep)
+        elif given is not None:
+            alpha = given(step) if callable(given) else given
+            size.alpha = size.shrink * torch.full_like(size.alpha, alpha)
+        elif isinstance(self.accelerator, Restartable):
+            too_long = size.shorten(step, point, sweep)
+            too_short = size.lengthen(step, point, sweep)
+            if too_short is not None and some(too_short):
+                self._forget(state, too_short)
+        n, v, r = point.z.shape[1], point.joined(), self._residual(kkt, point, sweep, size.alpha)
         if warming:
             mixed = v + r
         else:
             mixed, state.inner = accelerate(self.accelerator, state.inner, v, r)
         moved = Point.split(self._within_reach(v, r, mixed, sweep.sizes.whole), n)
+        if too_long is not None:
+            moved = choose(too_long, size.back(point), moved)
+            self._forget(state, too_long)
         if kkt.project is not None:  # mixing leaves C
             moved = moved._replace(x=kkt.constrain(moved.x))
         return moved, state
 
-    def _residual(self, kkt: KKT, point: Point, sweep: Sweep, state: JointState) -> Tensor:
+    def _residual(self, kkt: KKT, point: Point, sweep: Sweep, alpha: Tensor) -> Tensor:
         """F(v) − v of the damped iteration, eq. 11."""
         r = sweep.r.clone()
         off_z, off_mu, off_x = Point.split(r, point.z.shape[1])
         for block, damping in ((off_z, self.steps.z), (off_mu, self.steps.mu)):
             if damping != 1:
                 block.mul_(damping)
-        off_x.mul_(state.alpha)
+        off_x.mul_(alpha)
         if kkt.project is not None:
             off_x.copy_(kkt.constrain(point.x + off_x) - point.x)
         return r
@@ -177,32 +179,25 @@ class Joint:
         return torch.where(far[:, None], v + share * step, mixed)
 
     def restart(self, state: JointState, mask: Tensor) -> JointState:
-        quarter = torch.where(mask[:, None], 0.25, 1.0).to(state.alpha.dtype)
-        state.shrink, state.alpha = state.shrink * quarter, state.alpha * quarter
+        state.size.restart(mask)
+        self._forget(state, mask)
+        return state
+
+    def _forget(self, state: JointState, mask: Tensor) -> None:
+        """The accelerator's history of the problems in ``mask``, where it can."""
         if isinstance(self.accelerator, Restartable):
             state.inner = self.accelerator.restart(state.inner, mask)
-        return state
 
     def take(self, state: JointState, rows: Tensor) -> JointState:
         """The state of the problems ``rows`` alone."""
         inner = take_rows("Joint accelerator", self.accelerator, state.inner, rows)
-        shrink = take(state.shrink, rows)
-        return JointState(state.alpha[rows], state.longest[rows], inner, state.count, shrink)
+        return JointState(take(state.size, rows), inner, state.count)
 
 
 @dataclass
 class JointState:
-    """Step sizes in x and the accelerator's state."""
+    """The step size in x, the accelerator's state, and the steps made."""
 
-    alpha: Tensor  # (B, 1)
-    longest: Tensor  # (B,) what plain steps may be of 1 + ‖x‖
-    inner: Any = None
+    size: StepSize
+    inner: Any
     count: int = 0
-    shrink: Tensor | float = 1.0
-
-    def fit_alpha(self, point: Point, sweep: Sweep) -> None:
-        """α_x as it is, or less where a plain step would be too long."""
-        reach, size = self.longest * (1 + norm(point.x)), norm(sweep.grad)
-        long = (size > reach) & (size < math.inf)
-        share = torch.where(long, reach / torch.where(long, size, 1.0), 1.0)
-        self.alpha = torch.minimum(self.alpha, share[:, None].to(self.alpha.dtype))
