@@ -126,7 +126,8 @@ class StepSize:
         self.seen = self.seen[-1:] if step < LOOKS[-1] else []
         short = self.cold & (slope >= LEFT * steepest) & (share > 0) & (share < SHORT)
         longer = torch.where(short, (1 / share).clamp(max=MOST), 1.0)
-        self.alpha = self.alpha * longer[:, None].to(self.alpha.dtype)
+        most = torch.finfo(self.alpha.dtype).max ** 0.5  # a step by more would overflow
+        self.alpha = (self.alpha * longer[:, None].to(self.alpha.dtype)).clamp(max=most)
         return short
 
 
