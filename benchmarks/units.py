@@ -6,7 +6,6 @@ thousand of it, and the loss likewise; at most 400 sweeps.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import partial
 from statistics import geometric_mean
@@ -39,33 +38,39 @@ def in_units(problem: Problem, of_x: float, of_loss: float) -> Problem:
     )
 
 
-def measure(*, quick: bool, bar: Callable[..., Any]) -> dict[str, dict[str, list[float]]]:
-    """family and unit of the loss -> solver -> for each unit of x the mean and the unsolved."""
+#: family and unit of the loss -> solver -> unit of x -> mean of the sweeps, and the unsolved
+Counts = dict[str, dict[str, dict[str, tuple[float, int]]]]
+
+
+def measure(*, quick: bool, bar: Callable[..., Any]) -> Counts:
+    """Every family in every unit, with every solver."""
     units = OF_X[::3] if quick else OF_X
-    found: dict[str, dict[str, Any]] = {}
+    found: Counts = {}
     cases = [(name, of_loss) for name in FAMILIES for of_loss in OF_LOSS[:: 2 if quick else 1]]
     for name, of_loss in bar(cases, desc="units"):
-        row: dict[str, Any] = found.setdefault(f"{name}, loss × {of_loss:g}", {})
+        row = found[f"{name}, loss × {of_loss:g}"] = {solver: {} for solver in SOLVERS}
         for solver, make in SOLVERS.items():
-            row[solver] = []
             for of_x in units:
                 problem = in_units(FAMILIES[name](), of_x, of_loss)
                 with torch.no_grad():
                     sol = implicitopt.solve(*problem, solver=make(), tol=1e-6, max_steps=MAX_STEPS)
                 steps = sol.steps.masked_fill(~sol.converged, MAX_STEPS)
                 lost = int((~sol.converged).sum())
-                row[solver].append((geometric_mean(steps.tolist()), lost))
+                row[solver][f"x × {of_x:g}"] = (geometric_mean(steps.tolist()), lost)
     return found
 
 
-def table(found: dict[str, dict[str, Any]]) -> str:
+def table(found: Counts) -> str:
     """A row per family, unit of the loss and solver."""
     rows = [
-        [name, solver, *(f"{mean:.0f}" + f" ({lost})" * (lost > 0) for mean, lost in cells)]
+        [
+            name,
+            solver,
+            *(f"{mean:.0f}" + f" ({lost})" * (lost > 0) for mean, lost in cells.values()),
+        ]
         for name, row in found.items()
         for solver, cells in row.items()
     ]
-    count = len(rows[0]) - 2
-    units = OF_X[:: math.ceil(len(OF_X) / count)]
-    header = ["sweeps (unsolved of 32)", "solver", *(f"x × {unit:g}" for unit in units)]
+    units = next(iter(next(iter(found.values())).values()))
+    header = ["sweeps (unsolved of 32)", "solver", *units]
     return tabulate(rows, header, tablefmt="github", disable_numparse=True)

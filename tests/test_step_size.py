@@ -7,6 +7,7 @@ import torch
 
 import implicitopt
 from benchmarks.families import linear_quadratic, tanh
+from benchmarks.units import in_units
 from implicitopt import Adaptive, Anderson, Joint, WarmStart
 from implicitopt.iteration import iterate
 from implicitopt.select import Best
@@ -18,19 +19,8 @@ F64 = torch.float64
 BASES = {"tanh": tanh, "linear": lambda: linear_quadratic(30, 8, 0.7)}
 
 
-def in_units(problem, of_x=1.0, of_loss=1.0):
-    """The same problem with x given in other units, numbers or ``(B, 1)``, and the loss."""
-    f, loss, x0, z0 = problem
-    return (
-        lambda z, x: f(z, x * of_x),
-        lambda z, x: of_loss * loss(z, x * of_x),
-        x0 / of_x,
-        z0,
-    )
-
-
 def sizes_of(problem, *, steps=40, solver=None, **options):
-    """α_x before every step, ``(steps, B)``."""
+    """α_x of every step, ``(steps, B)``."""
     solver = Joint() if solver is None else solver
     found = []
 
@@ -71,13 +61,13 @@ def test_in_natural_units_nothing_changes_after_the_plain_steps(base):
 
 
 def test_a_step_that_is_too_long_is_made_again_shorter():
-    sizes = sizes_of(in_units(tanh(), 100.0))
+    sizes = sizes_of(in_units(tanh(), 100.0, 1.0))
     assert (sizes[WARMUP] < sizes[WARMUP - 1]).all()
     assert (sizes[-1] < sizes[WARMUP - 1] / 9).all()
 
 
 def test_where_f_is_straight_its_length_is_no_reason():
-    sizes = sizes_of(in_units(linear_quadratic(30, 8, 0.7), 1e4))
+    sizes = sizes_of(in_units(linear_quadratic(30, 8, 0.7), 1e4, 1.0))
     assert (sizes[WARMUP] < sizes[WARMUP - 1]).any()
     torch.testing.assert_close(sizes[-1], sizes[WARMUP - 1], rtol=1e-12, atol=0)
 
@@ -111,7 +101,7 @@ def test_an_accelerator_that_cannot_forget_keeps_its_step():
 
 def test_a_step_size_that_is_given_is_kept():
     solver = Joint(steps=implicitopt.StepSizes(x=1e-3))
-    assert (sizes_of(in_units(tanh(), 100.0), solver=solver) == 1e-3).all()
+    assert (sizes_of(in_units(tanh(), 100.0, 1.0), solver=solver) == 1e-3).all()
 
 
 @pytest.mark.parametrize("of_loss", [1e-3, 1.0])

@@ -109,7 +109,7 @@ class StepSize:
 
     def lengthen(self, step: int, point: Point, sweep: Sweep) -> Tensor | None:
         """The problems, if it is time to look, whose step was too short; theirs is longer now."""
-        if step > LOOKS[-1]:
+        if step > LOOKS[-1] or not some(self.cold):
             return None
         off, adjoint_off, descent = Point.split(sweep.r, point.z.shape[1])
         new = Seen(_folded(off), _folded(adjoint_off), descent.clone(), point.x)
