@@ -26,7 +26,7 @@ import implicitopt
 from benchmarks.clock import now
 from benchmarks.paper import paper
 from benchmarks.problems import Setting
-from implicitopt import Adaptive, Anderson, Broyden, Joint, Nested, OneShot, ProjectedGradient
+from implicitopt import SQP, Adaptive, Anderson, Broyden, Joint, Nested, OneShot, ProjectedGradient
 
 __all__ = ["SOLVERS", "draw", "measure", "profile", "table"]
 
@@ -38,6 +38,7 @@ SOLVERS: dict[str, Callable[[], Any]] = {
     "default": Adaptive,
     "Joint": Joint,
     "OneShot": OneShot,
+    "SQP": SQP,
     "Joint, Anderson II": lambda: Joint(Anderson("II")),
     "Joint, Broyden": lambda: Joint(Broyden("good")),
     "paper": lambda: paper(damped=False),
@@ -49,11 +50,14 @@ SOLVERS: dict[str, Callable[[], Any]] = {
 
 
 def applies(name: str, setting: Setting) -> bool:
-    """L-BFGS of torch is for one problem; PGD's steps of one length need a constraint to end."""
+    """L-BFGS of torch is for one problem, SQP for those without constraints.
+
+    PGD's steps, of one length, need a constraint to end.
+    """
     if name == "nested L-BFGS":
         return setting.batch == 1
-    if name == "nested PGD":
-        return "project" in setting.options
+    if name in ("SQP", "nested PGD"):
+        return ("project" in setting.options) == (name != "SQP")
     return True
 
 

@@ -19,7 +19,7 @@ import torch
 import implicitopt
 from benchmarks.families import Problem, families
 from benchmarks.paper import paper
-from implicitopt import Adaptive, Anderson, Broyden, Joint, OneShot
+from implicitopt import SQP, Adaptive, Anderson, Broyden, Joint, OneShot
 
 TOL, MAX_STEPS = 1e-6, 300
 
@@ -27,6 +27,7 @@ SOLVERS: dict[str, Callable[[], Any]] = {
     "Adaptive (default)": Adaptive,
     "Joint": Joint,
     "OneShot": OneShot,
+    "SQP": SQP,
     "paper": lambda: paper(damped=False),
     "paper, damped": lambda: paper(damped=True),
     "Joint, Anderson II": lambda: Joint(Anderson("II")),

@@ -18,10 +18,12 @@ from implicitopt.solvers.adaptive import Adaptive
 from implicitopt.solvers.joint import Joint, StepSizes
 from implicitopt.solvers.nested import Nested, ProjectedGradient
 from implicitopt.solvers.one_shot import OneShot
+from implicitopt.solvers.sqp import SQP
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "SQP",
     "Adaptive",
     "AdjointReport",
     "AdjointWarning",

@@ -114,6 +114,7 @@ class Sweep(NamedTuple):
     sizes: Sizes
     residuals: Residuals
     total: Tensor  #: the relative KKT residual, ``(B,)``
+    loss_grad: tuple[Tensor, Tensor]  #: ∂ℓ/∂z and ∂ℓ/∂x, what μ and grad hold of the loss
 
 
 @dataclass
@@ -211,12 +212,24 @@ class KKT:
         f_z, f_x = pull(mu, retain_graph=False)
         # Copies: f and the loss may write each result where their last one is, as CUDA graphs do.
         image, f_z, f_x = image.clone(), f_z.clone(), f_x.clone()
-        value, pull = vjp(self.objective, z, x)
-        loss_z, loss_x = pull(torch.ones_like(value), retain_graph=False)
+        value, loss_grad = self._loss(vjp, z, x)
         self.work.f += 1
         self.work.vjp += 1
+        f_z.add_(loss_grad[0])
+        f_x.add_(loss_grad[1])
+        return self._measured(point, image, f_z, f_x, value, loss_grad)
+
+    def loss_gradient(self, z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """∂ℓ/∂z and ∂ℓ/∂x, each of its block's shape."""
+        return self._loss(pullback, z, x)[1]
+
+    def _loss(
+        self, vjp: Callable[..., tuple[Tensor, Pull]], z: Tensor, x: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         self.work.loss += 1
-        return self._measured(point, image, f_z.add_(loss_z), f_x.add_(loss_x), value)
+        value, pull = vjp(self.objective, z, x)
+        loss_z, loss_x = pull(torch.ones_like(value), retain_graph=False)
+        return value, (loss_z.clone(), loss_x.clone())
 
     def _vjp(self) -> Callable[..., tuple[Tensor, Pull]]:
         """Guarded the first time: what changes nothing then is taken to change nothing later."""
@@ -225,7 +238,10 @@ class KKT:
         self.guarded = True
         return guarded_pullback
 
-    def _measured(self, point: Point, f: Tensor, mu: Tensor, grad: Tensor, value: Tensor) -> Sweep:
+    def _measured(
+        self, point: Point, f: Tensor, mu: Tensor, grad: Tensor, value: Tensor,
+        loss_grad: tuple[Tensor, Tensor],
+    ) -> Sweep:  # fmt: skip
         """The sweep with the relative norms of the KKT blocks, eq. 14."""
         z, x, n = point.z, point.x, point.z.shape[1]
         r = z.new_empty(len(z), 2 * n + x.shape[1])
@@ -244,7 +260,9 @@ class KKT:
         # The loss at the equilibrium of x is L + (μ⁺ − μ)ᵀ (I − ∂f/∂z)⁻¹ (f − z) and terms of the
         # square of f − z. An estimate below the loss at hand is not believed.
         score = torch.maximum(wide, lagrangian) + lengths[0] * lengths[1]
-        return Sweep(f, mu, grad, value, r, lagrangian, score, sizes, residuals, residuals.total)
+        return Sweep(
+            f, mu, grad, value, r, lagrangian, score, sizes, residuals, residuals.total, loss_grad
+        )
 
     def linearize(self, z: Tensor, x: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:
         """μ ↦ (∂f/∂z)ᵀ μ at one (z, x), to be applied many times, and ∂ℓ/∂z there."""

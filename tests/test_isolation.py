@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.families import tanh
 from implicitopt import (
+    SQP,
     Adaptive,
     Anderson,
     Best,
@@ -36,6 +37,8 @@ SOLVERS = {
     "broyden bad": Joint(Broyden("bad")),
     "picard": Joint(Picard(), StepSizes(z=1.0, mu=1.0, x=0.2)),
     "one shot": OneShot(),
+    "sqp": SQP(),
+    "adaptive, sqp": Adaptive(SQP(), patience=5),
     "adaptive": Adaptive(patience=5),  # so early that most problems go over to one shot
     "nested": Nested(partial(torch.optim.Adam, lr=0.05), inner_steps=30, inner_tol=1e-9),
 }
@@ -46,6 +49,10 @@ B, N, D = 5, 8, 3
 BAD = 2
 OTHERS = [i for i in range(B) if i != BAD]
 NAN, INF = float("nan"), float("inf")
+
+
+#: The others refuse them.
+TAKE_CONSTRAINTS = {name: solver for name, solver in SOLVERS.items() if "sqp" not in name}
 
 
 def by_name(table):
@@ -118,13 +125,25 @@ def spoilt(problem, spoil):
     return f, loss
 
 
+def with_and_without_constraint(table):
+    """Each solver free, and in a ball where it takes one."""
+    return pytest.mark.parametrize(
+        ("solver", "project"),
+        [pytest.param(s, None, id=f"{name}-free") for name, s in table.items()]
+        + [
+            pytest.param(s, L2Ball(0.5), id=f"{name}-ball")
+            for name, s in table.items()
+            if name in TAKE_CONSTRAINTS
+        ],
+    )
+
+
 def sound(f, loss, z, x):
     return f, loss
 
 
-@by_name(SOLVERS)
+@with_and_without_constraint(SOLVERS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("project", [None, L2Ball(0.5)], ids=["free", "ball"])
 @pytest.mark.parametrize("kind", [*SPOIL, *DIVERGE])
 def test_a_failing_problem_changes_no_other_bit(solver, dtype, project, kind):
     problem = Tanh(dtype=dtype)
@@ -160,8 +179,7 @@ def test_a_failing_problem_leaves_shared_gradients_finite(solver):
     torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-12)
 
 
-@by_name(FAST)
-@pytest.mark.parametrize("project", [None, L2Ball(0.5)], ids=["free", "ball"])
+@with_and_without_constraint(FAST)
 def test_a_problem_alone_is_as_in_a_batch(solver, project):
     options = {"solver": solver, "project": project, "tol": 1e-11, "max_steps": 500}
     problem = Tanh()

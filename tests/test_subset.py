@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import implicitopt
-from implicitopt import Adaptive, Anderson, Broyden, Joint, L2Ball, Nested, OneShot, solve
+from implicitopt import SQP, Adaptive, Anderson, Broyden, Joint, L2Ball, Nested, OneShot, solve
 
 F64 = torch.float64
 SOLVERS = {
@@ -15,6 +15,7 @@ SOLVERS = {
     "joint II": Joint(Anderson("II")),
     "broyden": Joint(Broyden()),
     "one-shot": OneShot(),
+    "sqp": SQP(),
 }
 
 

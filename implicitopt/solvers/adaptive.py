@@ -11,8 +11,9 @@ from torch import Tensor
 from implicitopt.kkt import KKT, Point, Sweep, choose, norm
 from implicitopt.options import check_option
 from implicitopt.rows import take
-from implicitopt.solvers.joint import Joint, JointState
+from implicitopt.solvers.joint import Joint
 from implicitopt.solvers.one_shot import OneShot, OneShotState
+from implicitopt.solvers.sqp import SQP
 
 __all__ = ["Adaptive", "AdaptiveState"]
 
@@ -35,7 +36,8 @@ class Adaptive:
     none was small yet); the others, and its neighbours, do not notice.
 
     Args:
-        joint, one_shot: the two solvers.
+        joint: ``Joint(...)``, or ``SQP(...)``, for fewer sweeps and more work of its own a sweep.
+        one_shot: ``OneShot(...)``.
         patience: steps between looks; the first one comes after two of them.
 
     Raises:
@@ -50,19 +52,20 @@ class Adaptive:
     [True, True]
     """
 
-    joint: Joint = field(default_factory=Joint)
+    joint: Joint | SQP = field(default_factory=Joint)
     one_shot: OneShot = field(default_factory=OneShot)
     patience: int = 32
 
     def __post_init__(self) -> None:
-        for name, value, kind in (
-            ("joint", self.joint, Joint),
-            ("one_shot", self.one_shot, OneShot),
+        for name, value, kinds in (
+            ("joint", self.joint, (Joint, SQP)),
+            ("one_shot", self.one_shot, (OneShot,)),
         ):
-            if not isinstance(value, kind):
+            if not isinstance(value, kinds):
+                wanted = " or ".join(f"{kind.__name__}(...)" for kind in kinds)
                 raise TypeError(
-                    f"Adaptive {name} must be {kind.__name__}(...); got {value!r}. Pass one, or "
-                    "leave it out for the default."
+                    f"Adaptive {name} must be {wanted}; got {value!r}. Pass one, or leave it out "
+                    "for the default."
                 )
         check_option("Adaptive patience", self.patience, int, least=1)
 
@@ -112,7 +115,7 @@ class Adaptive:
         """The state of the problems ``rows`` alone."""
         joint = self.joint.take(state.joint, rows)
         other = state.one_shot
-        alone: Any = replace(state, joint=None, one_shot=None)  # type: ignore[arg-type]
+        alone: Any = replace(state, joint=None, one_shot=None)
         part: AdaptiveState = take(alone, rows)
         return replace(
             part, joint=joint, one_shot=None if other is None else self.one_shot.take(other, rows)
@@ -123,7 +126,7 @@ class Adaptive:
 class AdaptiveState:
     """Both solvers' states, and per problem what the choice between them needs."""
 
-    joint: JointState
+    joint: Any  # that of its solver
     best: Point  # lowest score so far at a small state residual; before that, the smallest residual
     score: Tensor  # its score
     off: Tensor  # its state residual

@@ -14,6 +14,7 @@ from torch import nn
 
 import implicitopt
 from implicitopt import (
+    SQP,
     Adaptive,
     Anderson,
     Best,
@@ -40,7 +41,7 @@ from implicitopt import (
 from tests.reliability.malformed import kkt_residual
 
 N, B = 4, 3
-SOLVERS = [Adaptive(), Joint(), OneShot(), Nested(inner_steps=10)]
+SOLVERS = [Adaptive(), Joint(), OneShot(), SQP(), Nested(inner_steps=10)]
 
 
 class Cell(nn.Module):
@@ -128,7 +129,7 @@ def many_states():
 def test_autocast_is_for_f_and_the_loss_alone(solver):
     """Where those turn it off, nothing is left of it: not a bit of any result."""
     f, loss = many_states()
-    project = L2Ball(0.5)
+    project = None if isinstance(solver, SQP) else L2Ball(0.5)
     found = []
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
@@ -345,6 +346,7 @@ OPTIONS = [
     Adaptive(patience=7),
     Joint(Anderson("II", memory=3), StepSizes(x=0.1)),
     OneShot(memory=4),
+    SQP(memory=4),
     Nested(partial(torch.optim.SGD, lr=0.1)),
     Broyden("bad"),
     Picard(0.5),

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from implicitopt import (
+    SQP,
     Adaptive,
     Anderson,
     Box,
@@ -30,6 +31,8 @@ SOLVERS = [
     lambda: Joint(Broyden("good")),
     lambda: Joint(Picard(), StepSizes(z=0.9, mu=0.8, x=0.2)),
     OneShot,
+    SQP,
+    lambda: Adaptive(SQP(), patience=4),
     lambda: Nested(partial(torch.optim.Adam, lr=0.05), inner_steps=6),
 ]
 PROJECTIONS = [None, None, L2Ball(0.5), LinfBall(0.2), Box(-0.1, 0.3), Simplex()]
@@ -70,6 +73,8 @@ def check_batch(seed, solvers=SOLVERS):
         "max_steps": rng.randint(3, 25),
         "tol": 0.0,  # so that no problem leaves the batch, which changes how others round
     }
+    if "SQP" in repr(options["solver"]):  # which takes no constraint
+        options["project"] = None
     clean, spoilt = (
         solve(*poisoned(problem, by_row), problem.x0, problem.z0, **options)
         for by_row in (dict.fromkeys(bad, sound), {row: POISON[kinds[row]] for row in bad})

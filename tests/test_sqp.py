@@ -1,0 +1,200 @@
+"""``SQP``: its model against one formed of dense matrices, its sweeps, and what it refuses."""
+
+import math
+
+import pytest
+import torch
+from families import F64, LinearQuadratic, worst
+
+import implicitopt
+from benchmarks.families import linear_quadratic, tanh
+from benchmarks.sweeps import count
+from benchmarks.units import in_units
+from implicitopt import SQP, Adaptive, Box, Implicit, Joint, OneShot
+from implicitopt.kkt import Point
+from implicitopt.solvers import kkt_model
+from implicitopt.solvers.kkt_model import Model
+from implicitopt.solvers.kkt_secants import Secants
+
+
+class Differences:
+    """What ``Secants`` keeps, kept plainly: rows of differences, and of a probe of the loss."""
+
+    def __init__(self):
+        self.last, self.rows, self.points = None, [], []
+
+    def push(self, point, sweep):
+        g = torch.cat(sweep.loss_grad, 1)
+        joint = torch.cat([sweep.mu, sweep.grad], 1)
+        now = (torch.cat([point.z, point.x], 1), sweep.f, point.mu, joint - g, g)
+        v = torch.cat(point, 1)
+        if self.last is not None:
+            self.rows.append(tuple(a - b for a, b in zip(now, self.last[0], strict=True)))
+            self.points.append(0.5 * (v + self.last[1]))
+        self.last = now, v
+
+    def step(self, sweep, alpha, probe=None, memory=30):
+        """The step of the module's equations, by dense linear algebra."""
+        S, Y, M, W, G = (torch.stack(rows, 1) for rows in zip(*self.rows[-memory:], strict=True))
+        here, n = self.last[1], sweep.f.shape[1]
+        N, d = S.shape[2], S.shape[2] - n
+        middles = torch.stack(self.points[-memory:], 1)
+        wrong = ((here[:, None] - middles).norm(dim=2) / sweep.sizes.whole[:, None]) ** 2
+        ridge = kkt_model.NONLINEAR**2 * wrong + 1e-10
+        s, m = S.norm(dim=2, keepdim=True), M.norm(dim=2, keepdim=True)
+        S, Y, G, M, W = S / s, Y / s, G / s, M / m, W / m
+        ratio = (m / s)[..., 0] * (sweep.sizes.state / self.last[0][2].norm(dim=1))[:, None]
+        P, P_c = (
+            torch.linalg.solve(S @ S.mT + torch.diag_embed(D), S)
+            for D in (ridge, ridge + kkt_model.ADJOINTS_DROWN * ratio**2)
+        )
+        J = Y.mT @ P
+        E = W - M @ J
+        SE = S @ (E * m / s).mT
+        C = P_c.mT @ (0.5 * (SE + SE.mT)) @ P_c
+        J = J + M.mT @ torch.linalg.solve(M @ M.mT + torch.diag_embed(ridge), E - (E @ S.mT) @ P)
+        if probe is not None:
+            length = probe[0].norm(dim=1, keepdim=True)
+            S, G = (
+                torch.cat([a, (b / length)[:, None]], 1) for a, b in zip((S, G), probe, strict=True)
+            )
+            wrong = torch.nn.functional.pad(wrong, (0, 1))
+        T = S @ G.mT
+        T = 0.5 * (T + T.mT)
+        diagonal = T.diagonal(dim1=1, dim2=2)
+        shift = torch.copysign(kkt_model.FLAT * diagonal.abs().amax(1, keepdim=True), diagonal)
+        shift = shift + kkt_model.LOSS_NONLINEAR * wrong * diagonal.abs()
+        H = C + G.mT @ torch.linalg.solve(T + torch.diag_embed(shift), G)
+        K = torch.zeros(len(J), N + n, N + n, dtype=F64)
+        K[:, N:, :N] = J
+        K[:, N:, :n] -= torch.eye(n, dtype=F64)
+        K[:, :N, :N], K[:, :N, N:] = H, K[:, N:, :N].mT
+        X = S[:, : len(self.rows[-memory:]), n:]
+        lengths = X.norm(dim=2, keepdim=True)
+        X = torch.where(lengths > 0, X / lengths, 0.0)
+        # Along the differences of x, with states and adjoints following.
+        others = [*range(n), *range(N, N + n)]
+        inner = torch.linalg.inv(K[:, others][:, :, others])
+        side = K[:, others, n:N]
+        reduced = H[:, n:, n:] - side.mT @ inner @ side
+        most = ((X @ reduced) * X).sum(2).amax(1, keepdim=True)
+        far = (alpha * most > kkt_model.FAR_OFF) | (alpha * most > 0) & (
+            alpha * most < 1 / kkt_model.FAR_OFF
+        )
+        alpha = torch.where(far, 1 / most, alpha)
+        tried = X.mT @ torch.linalg.solve(X @ X.mT + torch.diag_embed(kkt_model.TRIED + ridge), X)
+        K[:, n:N, n:N] += (torch.eye(d, dtype=F64) - tried) / alpha[..., None]
+        right = -torch.cat([sweep.r[:, n : 2 * n], -sweep.r[:, 2 * n :], sweep.r[:, :n]], 1)
+        found = torch.linalg.solve(K, right[..., None])[..., 0]
+        return Point(found[:, :n], found[:, N:], found[:, n:N])
+
+
+@pytest.mark.parametrize("d", [3, 40], ids=["in x", "in differences of x"])
+def test_the_step_is_that_of_dense_matrices(d, monkeypatch):
+    dense, compared, calls = Differences(), [], []
+    push, step, probe = Secants.push, Model.step, Model.probe
+
+    def pushed(self, point, sweep):
+        dense.push(point, sweep)
+        return push(self, point, sweep)
+
+    def probed(self, move, change):
+        calls.append((torch.cat(move, 1), torch.cat(change, 1)))
+        return probe(self, move, change)
+
+    def stepped(self):
+        found = step(self)
+        if 3 <= self.k <= 9:
+            known = dense.step(self.sweep, self.alpha, calls[-1], memory=6)
+            compared.append(worst(found, known))
+        return found
+
+    monkeypatch.setattr(Secants, "push", pushed)
+    monkeypatch.setattr(Model, "step", stepped)
+    monkeypatch.setattr(Model, "probe", probed)
+    problem = tanh("gauss", n=10, d=d, rows=5, batch=3)
+    implicitopt.solve(*problem, solver=SQP(memory=6), max_steps=12, tol=0.0)
+    assert len(compared) >= 6
+    assert max(compared) <= 1e-9
+
+
+@pytest.mark.parametrize(
+    ("problem", "share"),
+    [(tanh(), 0.8), (tanh("radius"), 0.75), (tanh("orth", scale=0.1, lam=0.01), 0.5),
+     (tanh("sym", rows=64, reachable=False), 0.8), (linear_quadratic(40, 12, 0.95), 0.75)],
+    ids=["gauss", "radius", "orth", "sym", "linear"],
+)  # fmt: skip
+def test_it_takes_fewer_sweeps_than_the_joint_iteration(problem, share):
+    mine, joint = (
+        torch.tensor([math.inf if n is None else n for n in count(problem, solver)])
+        for solver in (SQP(), Joint())
+    )
+    assert mine.median() <= share * joint.median()
+
+
+@pytest.mark.parametrize(("of_x", "of_loss"), [(1e-2, 1.0), (1.0, 1e-3), (1.0, 1e3), (1e-2, 1e-3)])
+def test_units_hardly_matter(of_x, of_loss):
+    sweeps = count(in_units(tanh(), of_x, of_loss), SQP())
+    assert None not in sweeps
+    assert sum(sweeps) / len(sweeps) <= 60
+
+
+def test_a_linear_problem_is_solved_to_rounding():
+    problem = LinearQuadratic.draw(12, 5, 4, 0.9, "radius", 3)
+    known = problem.known()
+    sol = implicitopt.solve(
+        problem.f, problem.loss, *problem.start(), solver=SQP(), tol=1e-12, max_steps=60
+    )
+    assert sol.converged.all()
+    assert worst((sol.x, sol.z, sol.mu), known[:3]) <= 1e-10 * problem.sensitivity()
+
+
+def test_it_counts_the_probes_of_the_loss():
+    sol = implicitopt.solve(*tanh(batch=2), solver=SQP(), max_steps=10, tol=0.0)
+    assert sol.sweeps.f == sol.sweeps.vjp == 10
+    assert 10 + 6 <= sol.sweeps.loss <= 10 + 8  # but at the two plain steps, and at the last
+
+
+def test_implicit_gradients_are_those_of_another_solver():
+    grads = []
+    for solver in (SQP(), Joint()):
+        problem = LinearQuadratic.draw(6, 3, 2, 0.5, "norm", 0)
+        sol = implicitopt.solve(
+            problem.f, problem.loss, *problem.start(), solver=solver,
+            adjoint=Implicit(tol=1e-10), tol=1e-10, max_steps=200,
+        )  # fmt: skip
+        grads.append(torch.autograd.grad(sol.x.sum(), problem.parameters))
+    for mine, other in zip(*grads, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("solver", [SQP(), Adaptive(SQP())])
+def test_a_constraint_is_refused(solver):
+    with pytest.raises(ValueError, match=r"SQP\(\) takes no constraint.*Use Adaptive\(\)"):
+        implicitopt.solve(*tanh(batch=2), solver=solver, project=Box(-1.0, 1.0))
+
+
+@pytest.mark.parametrize("options", [{"memory": 0}, {"memory": 2.5}, {"reach": 0.0}])
+def test_options_are_checked(options):
+    with pytest.raises((TypeError, ValueError), match="SQP"):
+        SQP(**options)
+
+
+def test_adaptive_takes_it_and_nothing_else():
+    with pytest.raises(TypeError, match=r"Adaptive joint must be Joint\(...\) or SQP\(...\)"):
+        Adaptive(OneShot())
+    problem = tanh("gauss", reachable=False, lam=0.01, scale=1.0)
+    sweeps = count(problem, Adaptive(SQP()))
+    assert sweeps.count(None) <= 1
+
+
+def test_float32_windows_of_more_than_2048_unknowns():
+    problem = tanh("gauss", n=1200, d=8, batch=2)
+    narrow = [
+        (lambda z, x, part=part: part(z.double(), x.double()).float()) for part in problem[:2]
+    ]
+    start = [block.float() for block in problem[2:]]
+    sol = implicitopt.solve(*narrow, *start, solver=SQP(), max_steps=100)
+    assert sol.converged.all()
+    known = implicitopt.solve(*problem, max_steps=200)
+    assert worst((sol.x,), (known.x,)) <= 1e-2
