@@ -114,7 +114,7 @@ class Sweep(NamedTuple):
     sizes: Sizes
     residuals: Residuals
     total: Tensor  #: the relative KKT residual, ``(B,)``
-    loss_grad: tuple[Tensor, Tensor]  #: ∂ℓ/∂z and ∂ℓ/∂x, what μ and grad hold of the loss
+    loss_grad: tuple[Tensor, Tensor] | None  #: ∂ℓ/∂z and ∂ℓ/∂x; None: not kept apart
 
 
 @dataclass
@@ -179,6 +179,7 @@ class KKT:
     sign: float = 1.0  # −1 to maximize: everything inside is the minimization of −ℓ
     autocast: Scope = nullcontext  # that f and the loss are called in
     work: Work = field(default_factory=Work)
+    apart: bool = False  # whether sweeps keep the loss's gradient, for solvers that need it
     guarded: bool = False  # whether f and the loss have been looked at for side effects
 
     def state_map(self, z: Tensor, x: Tensor) -> Tensor:
@@ -215,9 +216,12 @@ class KKT:
         value, loss_grad = self._loss(vjp, z, x)
         self.work.f += 1
         self.work.vjp += 1
+        if self.apart:
+            loss_grad = loss_grad[0].clone(), loss_grad[1].clone()
         f_z.add_(loss_grad[0])
         f_x.add_(loss_grad[1])
-        return self._measured(point, image, f_z, f_x, value, loss_grad)
+        found = self._measured(point, image, f_z, f_x, value)
+        return found._replace(loss_grad=loss_grad) if self.apart else found
 
     def loss_gradient(self, z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """∂ℓ/∂z and ∂ℓ/∂x, each of its block's shape."""
@@ -229,7 +233,7 @@ class KKT:
         self.work.loss += 1
         value, pull = vjp(self.objective, z, x)
         loss_z, loss_x = pull(torch.ones_like(value), retain_graph=False)
-        return value, (loss_z.clone(), loss_x.clone())
+        return value, (loss_z, loss_x)
 
     def _vjp(self) -> Callable[..., tuple[Tensor, Pull]]:
         """Guarded the first time: what changes nothing then is taken to change nothing later."""
@@ -238,10 +242,7 @@ class KKT:
         self.guarded = True
         return guarded_pullback
 
-    def _measured(
-        self, point: Point, f: Tensor, mu: Tensor, grad: Tensor, value: Tensor,
-        loss_grad: tuple[Tensor, Tensor],
-    ) -> Sweep:  # fmt: skip
+    def _measured(self, point: Point, f: Tensor, mu: Tensor, grad: Tensor, value: Tensor) -> Sweep:
         """The sweep with the relative norms of the KKT blocks, eq. 14."""
         z, x, n = point.z, point.x, point.z.shape[1]
         r = z.new_empty(len(z), 2 * n + x.shape[1])
@@ -261,7 +262,7 @@ class KKT:
         # square of f − z. An estimate below the loss at hand is not believed.
         score = torch.maximum(wide, lagrangian) + lengths[0] * lengths[1]
         return Sweep(
-            f, mu, grad, value, r, lagrangian, score, sizes, residuals, residuals.total, loss_grad
+            f, mu, grad, value, r, lagrangian, score, sizes, residuals, residuals.total, None
         )
 
     def linearize(self, z: Tensor, x: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:

@@ -86,6 +86,7 @@ class Model:
         s, m = _unit(squares), _unit(_diagonal(self.raw.states[:, M, :, M]))
         self.units = torch.stack([s, m, s, s, m], dim=1)
         self.basis = self._basis(self.units[:, :3])
+        self.g_d = torch.cat([self._states(G, Y, count), self._states(G, M, count)], dim=2)
 
     def _basis(self, units: Tensor) -> Basis:
         rows, _, q = units.shape
@@ -130,6 +131,7 @@ class Model:
         w_d = torch.cat([self._states(W, Y), self._states(W, M)], dim=2)
         self.lu = _factors(self.T @ torch.cat([self.s_d, w_d], dim=1).neg_())
         raw, units = self.raw, self.units
+        self.tried, self.lengths = self._tried()
         self.v_off = (raw.off[:, S : W + 1] * units[:, S : W + 1]).flatten(1)[..., None]
         self.d_adjoint_off = (raw.adjoint_off[:, Y:] * units[:, Y:]).flatten(1)[..., None]
 
@@ -151,7 +153,7 @@ class Model:
         count = v_x.shape[2]
         both = torch.linalg.lu_solve(*self.lu, self.T @ torch.cat([v_x, self.v_off], dim=2))
         # With states and adjoints at their equilibria: S s = Ŝ Δx + s₀, G s = Ĝ Δx + g₀.
-        s, g = self.s_d @ both, self._g_d() @ both
+        s, g = self.s_d @ both, self.g_d @ both
         s[:, :, :count] += basis.rows[:, S, :k]
         g[:, :, :count] += basis.rows[:, G]
         s[:, :, count] += self.raw.off[:, S, :k] * self.units[:, S, :k]
@@ -161,8 +163,9 @@ class Model:
         K_p = torch.cat([s, g], dim=1)[:, :, :count].mT @ torch.cat([sigma, h], dim=1)
         K, p = K_p[:, :, :count], K_p[:, :, count:]
         p = p + both[:, :, :count].mT @ self.d_adjoint_off
-        alpha = self._untried(K)
-        K = K - self._tried() / alpha
+        tried = basis.rows[:, S, :k] * self.lengths[..., None]
+        alpha = self._untried(K, tried @ basis.products)
+        K = K - (tried.mT @ self.tried @ tried) / alpha
         eye = torch.eye(count, dtype=K.dtype, device=K.device)
         system = eye + alpha * (K @ basis.products)
         rhs = -alpha * (K @ (basis.grad + basis.products @ p))
@@ -172,10 +175,6 @@ class Model:
             part[:, :, count:] + part[:, :, :count] @ dx for part in (both, sigma, h)
         )
         return forward, sigma, h, -alpha * rho, alpha
-
-    def _g_d(self) -> Tensor:
-        q = self.units.shape[2]
-        return torch.cat([self._states(G, Y, q), self._states(G, M, q)], dim=2)
 
     def _states_move(self, forward: Tensor) -> Tensor:
         """Δz = f − z + Dᵀ forward."""
@@ -189,7 +188,7 @@ class Model:
         """Δμ = μ⁺ − μ + Vᵀ backward + Sᵀ sigma + Gᵀ h, over states."""
         k, units = self.k, self.units
         _, adjoint_off, _ = Point.split(self.sweep.r, self.sweep.f.shape[1])
-        rest = self.d_adjoint_off + self._g_d().mT @ h + self.s_d.mT @ sigma
+        rest = self.d_adjoint_off + self.g_d.mT @ h + self.s_d.mT @ sigma
         backward = self.T.mT @ torch.linalg.lu_solve(*self.lu, rest, adjoint=True)
         of_s, of_w = (backward[:, :k] + sigma)[..., 0], backward[:, k:, 0]
         moved = self.secants.combine(
@@ -228,30 +227,26 @@ class Model:
         ratio = torch.where((s > 0) & (m > 0), s * _length(m), 0.0) * size[:, None]
         return (ADJOINTS_DROWN * ratio**2).nan_to_num(0.0).clamp(max=1e12)
 
-    def _untried(self, K: Tensor) -> Tensor:
+    def _untried(self, K: Tensor, along: Tensor) -> Tensor:
         """α: one over the largest curvature met along a difference of x, where that is far from it.
 
         The first α knows nothing of the units of x and of the loss.
         """
-        along, alpha = self._tried_rows() @ self.basis.products, self.alpha[:, 0]
+        alpha = self.alpha[:, 0]
         most = ((along @ K) * along).sum(dim=2).amax(dim=1)
         met = alpha * most
         far = ((met > FAR_OFF) | (met < 1 / FAR_OFF)) & (most > 0) & (met < math.inf)
         return torch.where(far, 1 / torch.where(far, most, 1.0), alpha)[:, None, None]
 
-    def _tried(self) -> Tensor:
-        """Xᵀ (X Xᵀ + …)⁻¹ X in the basis: the directions of x that differences of x span."""
-        raw = self.raw.inputs[:, S, : self.k, S, : self.k]
+    def _tried(self) -> tuple[Tensor, Tensor]:
+        """(X Xᵀ + …)⁻¹ of the differences of x, X, to unit length; and their lengths until then.
+
+        Between two X it is the directions of x that they span.
+        """
+        raw = self.raw.inputs[:, S, :, S]
         unit = _unit(_diagonal(raw))
         inverse = _inverse(raw * unit[:, :, None] * unit[:, None], unit, TRIED + self.ridge)
-        rows = self._tried_rows()
-        return rows.mT @ inverse @ rows
-
-    def _tried_rows(self) -> Tensor:
-        """The differences of x, of unit length, in the basis: ``(B, k, c)``."""
-        k = self.k
-        unit = _unit(_diagonal(self.raw.inputs[:, S, :k, S, :k]))
-        return self.basis.rows[:, S, :k] * (unit * _length(self.units[:, S, :k]))[..., None]
+        return inverse, unit * _length(self.units[:, S])
 
 
 def _inputs(sweep: Sweep) -> Tensor:

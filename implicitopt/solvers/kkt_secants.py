@@ -93,6 +93,7 @@ class Secants:
 
     def push(self, point: Point, sweep: Sweep) -> None:
         """Take in the newest iterate and what the sweep found there."""
+        assert sweep.loss_grad is not None  # as ``KKT.apart`` asks
         loss_z, loss_x = sweep.loss_grad
         found = (
             point.z, sweep.mu - loss_z, loss_z, sweep.f, point.mu,

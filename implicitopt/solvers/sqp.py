@@ -77,6 +77,7 @@ class SQP:
                 "SQP() takes no constraint; got project=.... Use Adaptive(), Joint() or OneShot() "
                 "with it."
             )
+        kkt.apart = True
         memory = self.memory or window(sum(block.shape[1] for block in start))
         return start, SQPState(StepSize.at(start), Secants.empty(start, memory))
 
@@ -104,9 +105,9 @@ class SQP:
         share = torch.where(length > longest, longest / length, 1.0)
         share = torch.where(length < math.inf, share, 0.0)[:, None].to(dz.dtype)
         dz, dx = (torch.where(share > 0, share * block, 0.0) for block in (dz, dx))
-        there = kkt.loss_gradient(point.z + dz, point.x + dx)
-        change = [new - old for new, old in zip(there, sweep.loss_grad, strict=True)]
-        model.probe((dz, dx), (change[0], change[1]))
+        there, here = kkt.loss_gradient(point.z + dz, point.x + dx), sweep.loss_grad
+        assert here is not None
+        model.probe((dz, dx), (there[0] - here[0], there[1] - here[1]))
 
     def _within_reach(self, move: Point, plain: Tensor, sweep: Sweep) -> Point:
         """The step, cut per problem where it is too long; the plain one where there is none."""
