@@ -56,8 +56,10 @@ def applies(name: str, setting: Setting) -> bool:
     """
     if name == "nested L-BFGS":
         return setting.batch == 1
-    if name in ("SQP", "nested PGD"):
-        return ("project" in setting.options) == (name != "SQP")
+    if name == "nested PGD":
+        return "project" in setting.options
+    if name == "SQP":
+        return "project" not in setting.options
     return True
 
 

@@ -84,8 +84,8 @@ def solve(
             than through which local minimum is found), so no gradient reaches it.
         z0: the state to start from, tensors or a callable ``x0 -> z0``; the solver starts from
             ``f(z0, x0)``. None: zeros shaped like ``x0`` if f maps those to their own shape.
-        solver: ``Joint(...)``, ``OneShot(...)`` or ``Nested(...)``; None: ``Adaptive()``, the
-            joint iteration with a fallback to one-shot descent.
+        solver: ``Joint(...)``, ``OneShot(...)``, ``SQP(...)`` or ``Nested(...)``; None:
+            ``Adaptive()``, the joint iteration with a fallback to one-shot descent.
         adjoint: ``Envelope()`` (default), ``Implicit(...)`` or ``FrozenInput(...)``.
         project: the projection onto the set C that x is confined to, per problem: ``L2Ball``,
             ``LinfBall``, ``Box``, ``Simplex`` or any callable ``x -> x``.
@@ -171,8 +171,8 @@ def _check_options(
 ) -> Rule:  # fmt: skip
     if isinstance(solver, type) or not (hasattr(solver, "init") and hasattr(solver, "step")):
         raise TypeError(
-            "solver must be Adaptive(...), Joint(...), OneShot(...), Nested(...) or an object with "
-            f"their methods; got {solver!r}. Pass one, or leave it out for Adaptive()."
+            "solver must be Adaptive(...), Joint(...), OneShot(...), SQP(...), Nested(...) or an "
+            f"object with their methods; got {solver!r}. Pass one, or leave it out for Adaptive()."
         )
     if isinstance(adjoint, type) or not hasattr(adjoint, "attach"):
         raise TypeError(
@@ -219,8 +219,8 @@ def _check_subset(subset: Any, solver: Any) -> None:
     if not hasattr(solver, "take"):
         raise TypeError(
             f"solver must have a method take(state, rows) for subset=..., as Adaptive(...), "
-            f"Joint(...) and OneShot(...) have; got {solver!r}. Use one of these, or leave subset "
-            "out."
+            f"Joint(...), OneShot(...) and SQP(...) have; got {solver!r}. Use one of these, or "
+            "leave subset out."
         )
 
 

@@ -14,11 +14,11 @@ from implicitopt import SQP, Adaptive, Box, Implicit, Joint, OneShot
 from implicitopt.kkt import Point
 from implicitopt.solvers import kkt_model
 from implicitopt.solvers.kkt_model import Model
-from implicitopt.solvers.kkt_secants import Secants
+from implicitopt.solvers.kkt_secants import KKTSecants
 
 
 class Differences:
-    """What ``Secants`` keeps, kept plainly: rows of differences, and of a probe of the loss."""
+    """What ``KKTSecants`` keeps, kept plainly: rows of differences, and of a probe of the loss."""
 
     def __init__(self):
         self.last, self.rows, self.points = None, [], []
@@ -92,7 +92,7 @@ class Differences:
 @pytest.mark.parametrize("d", [3, 40], ids=["in x", "in differences of x"])
 def test_the_step_is_that_of_dense_matrices(d, monkeypatch):
     dense, compared, calls = Differences(), [], []
-    push, step, probe = Secants.push, Model.step, Model.probe
+    push, step, probe = KKTSecants.push, Model.step, Model.probe
 
     def pushed(self, point, sweep):
         dense.push(point, sweep)
@@ -109,7 +109,7 @@ def test_the_step_is_that_of_dense_matrices(d, monkeypatch):
             compared.append(worst(found, known))
         return found
 
-    monkeypatch.setattr(Secants, "push", pushed)
+    monkeypatch.setattr(KKTSecants, "push", pushed)
     monkeypatch.setattr(Model, "step", stepped)
     monkeypatch.setattr(Model, "probe", probed)
     problem = tanh("gauss", n=10, d=d, rows=5, batch=3)

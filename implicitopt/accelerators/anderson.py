@@ -26,9 +26,14 @@ ROUNDING = 1e-6
 WIDE = 2048
 
 
-def window(unknowns: int) -> int:
+def window(unknowns: int, least: int = 10, most: int = 60) -> int:
     """How many differences of so many unknowns are kept where nobody says."""
-    return min(60, max(10, 60_000 // max(1, unknowns)))
+    return min(most, max(least, 60_000 // max(1, unknowns)))
+
+
+def kept_dtype(dtype: torch.dtype, unknowns: int) -> torch.dtype:
+    """What differences of so many unknowns are kept in."""
+    return torch.float64 if unknowns <= WIDE else torch.promote_types(dtype, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -153,12 +158,11 @@ class AndersonState:
     @classmethod
     def empty(cls, v: Tensor, memory: int, kind: str) -> AndersonState:
         rows, n = v.shape
-        wide = torch.float64 if n <= WIDE else torch.promote_types(v.dtype, torch.float32)
         square = v.new_zeros(rows, memory, memory, dtype=torch.float64)
         return cls(
             kind,
             # Not read before it is written, and big: zeros would cost a pass over it.
-            ring=v.new_empty(rows, memory, 2, n, dtype=wide),
+            ring=v.new_empty(rows, memory, 2, n, dtype=kept_dtype(v.dtype, n)),
             gram=square,
             gram_s=square.clone() if kind == "I" else square[:, :0, :0],
             in_r=square[:, 0].clone(),
@@ -213,7 +217,7 @@ class AndersonState:
         k, at = self.filled, self.newest
         T, U = self.ring[:, :k].unbind(2)
         t, unit = self.ring[:, at, 0], self.unit[:, None, :k]
-        products = _products(T, torch.stack((t, self.last[1]), dim=1)) * unit
+        products = products_with(T, torch.stack((t, self.last[1]), dim=1)) * unit
         own = self.unit[:, at, None]
         in_t, in_r = products[:, 0] * own, products[:, 1]
         if self.kind == "II":
@@ -222,7 +226,7 @@ class AndersonState:
             self.gram_s[:, :k, at] = in_t
             # y is the difference of two r, of which all products are known but the newest t's.
             self.gram[:, :k, at] = (in_r - self.in_r[:, :k]) * own
-            in_u = _products(U, t[:, None])[:, 0] * (unit[:, 0] * own)
+            in_u = products_with(U, t[:, None])[:, 0] * (unit[:, 0] * own)
             in_y = in_u - in_t
             self.gram[:, at, :k] = in_y if damping == 1 else in_y / damping
         self.in_r[:, :k] = in_r
@@ -253,7 +257,7 @@ class AndersonState:
         self.fresh = mask if self.fresh is None else self.fresh | mask
 
 
-def _products(window: Tensor, rows: Tensor) -> Tensor:
+def products_with(window: Tensor, rows: Tensor) -> Tensor:
     """⟨row, w_i⟩ of each row with each of the window's, ``(B, rows, m)``, in float64."""
     # In this order: the transposed product, of the same numbers, takes four times as long.
     return torch.bmm(rows, window.mT).double()

@@ -33,7 +33,8 @@ import torch
 from torch import Tensor
 
 from implicitopt.kkt import Point, Sweep, norm
-from implicitopt.solvers.kkt_secants import G, M, S, Secants, W, Y
+from implicitopt.solvers.kkt_secants import G, KKTSecants, M, S, W, Y
+from implicitopt.solvers.secants import ratio
 
 __all__ = ["Model"]
 
@@ -63,12 +64,13 @@ class Basis(NamedTuple):
 class Model:
     """The model at one iterate, all in products of unit differences, float64; k of each kind."""
 
-    secants: Secants
+    secants: KKTSecants
     sweep: Sweep
     alpha: Tensor  # (B, 1) float64: for x where no curvature has been met
 
     def __post_init__(self) -> None:
         self.k = self.secants.filled
+        self.residuals = Point.split(self.sweep.r, self.sweep.f.shape[1])
         self.wrong = self.secants.distances() / self.sweep.sizes.whole.double()[:, None] ** 2
         self.ridge = NONLINEAR**2 * self.wrong + self.secants.rounding  # D
         self._look(self.k)
@@ -94,7 +96,7 @@ class Model:
         if d <= 3 * q:
             inputs = self.secants.inputs[:, :q].transpose(1, 2).double() * units[..., None]
             eye = torch.eye(d, dtype=inputs.dtype, device=inputs.device).expand(rows, d, d)
-            return Basis(inputs, eye, -_inputs(self.sweep).double()[..., None])
+            return Basis(inputs, eye, -self.residuals.x.double()[..., None])
         eye = torch.eye(3 * q, dtype=units.dtype, device=units.device).expand(rows, -1, -1)
         products = self.raw.inputs * units[..., None, None] * units[:, None, None]
         grad = (self.raw.grad * units).flatten(1)[..., None]
@@ -121,7 +123,7 @@ class Model:
         ss, my = self._whole(S, S), self._states(M, Y)
         inv_s, inv_m = _inverse(ss, s, self.ridge), _inverse(self._states(M, M), m, self.ridge)
         known = self._whole(W, S) - my @ (inv_s @ ss)  # E Sᵀ: C there
-        curved = known * torch.where(m > 0, s / torch.where(m > 0, m, 1.0), 0.0)[:, :, None]
+        curved = known * ratio(s, m)[:, :, None]
         inv_c = _inverse(ss, s, self.ridge + self._unsure(s, m))
         self.curvature = inv_c @ (0.5 * (curved + curved.mT)) @ inv_c
         self.T = inv_s.new_zeros(len(ss), 2 * k, 2 * k)
@@ -178,27 +180,25 @@ class Model:
 
     def _states_move(self, forward: Tensor) -> Tensor:
         """Δz = f − z + Dᵀ forward."""
-        off, _, _ = Point.split(self.sweep.r, self.sweep.f.shape[1])
         of_y, of_m = forward[..., 0].split(self.k, dim=1)
         units = self.units[:, :, : self.k]
         moved = self.secants.combine({Y: of_y * units[:, Y], M: of_m * units[:, M]})
-        return off + moved.to(off)
+        return self.residuals.z + moved.to(self.residuals.z)
 
     def _adjoints_move(self, sigma: Tensor, h: Tensor) -> Tensor:
         """Δμ = μ⁺ − μ + Vᵀ backward + Sᵀ sigma + Gᵀ h, over states."""
         k, units = self.k, self.units
-        _, adjoint_off, _ = Point.split(self.sweep.r, self.sweep.f.shape[1])
         rest = self.d_adjoint_off + self.g_d.mT @ h + self.s_d.mT @ sigma
         backward = self.T.mT @ torch.linalg.lu_solve(*self.lu, rest, adjoint=True)
         of_s, of_w = (backward[:, :k] + sigma)[..., 0], backward[:, k:, 0]
         moved = self.secants.combine(
             {S: of_s * units[:, S, :k], W: of_w * units[:, W, :k], G: h[..., 0] * units[:, G]}
         )
-        return adjoint_off + moved.to(adjoint_off)
+        return self.residuals.mu + moved.to(self.residuals.mu)
 
     def _inputs_move(self, rho: Tensor, alpha: Tensor) -> Tensor:
         """Δx = −α ∇ₓL + basisᵀ ρ."""
-        _, _, descent = Point.split(self.sweep.r, self.sweep.f.shape[1])
+        descent = self.residuals.x
         if rho.shape[1] == descent.shape[1]:
             inputs = rho[..., 0]
         else:
@@ -224,8 +224,8 @@ class Model:
         C is in units of μ over those of the state.
         """
         size = self.sweep.sizes.state.double() / norm(self.secants.mu).double()
-        ratio = torch.where((s > 0) & (m > 0), s * _length(m), 0.0) * size[:, None]
-        return (ADJOINTS_DROWN * ratio**2).nan_to_num(0.0).clamp(max=1e12)
+        larger = s * _length(m) * size[:, None]
+        return (ADJOINTS_DROWN * larger**2).nan_to_num(0.0).clamp(max=1e12)
 
     def _untried(self, K: Tensor, along: Tensor) -> Tensor:
         """α: one over the largest curvature met along a difference of x, where that is far from it.
@@ -249,12 +249,8 @@ class Model:
         return inverse, unit * _length(self.units[:, S])
 
 
-def _inputs(sweep: Sweep) -> Tensor:
-    return sweep.r[:, 2 * sweep.f.shape[1] :]
-
-
 def _length(unit: Tensor) -> Tensor:
-    return torch.where(unit > 0, 1 / torch.where(unit > 0, unit, 1.0), 0.0)
+    return ratio(torch.ones_like(unit), unit)
 
 
 def _factors(minus: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,10 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from implicitopt.accelerators.anderson import WIDE
+from implicitopt.accelerators.anderson import kept_dtype, products_with
 from implicitopt.kkt import Point, Sweep, norm, some
 
-__all__ = ["Products", "Secants"]
+__all__ = ["KKTSecants", "Products"]
 
 #: Places of the differences: of states s, w, g, y and m, of inputs s, w and g.
 S, W, G, Y, M = range(5)
@@ -38,7 +38,7 @@ class Products(NamedTuple):
 
 
 @dataclass
-class Secants:
+class KKTSecants:
     """The ring. Its slot after the newest differences takes a probe of the loss, s and g alone."""
 
     states: Tensor  # (B, m + 1, 5, n)
@@ -52,10 +52,9 @@ class Secants:
     pushed: int = 0
 
     @classmethod
-    def empty(cls, start: Point, memory: int) -> Secants:
+    def empty(cls, start: Point, memory: int) -> KKTSecants:
         unknowns = sum(block.shape[1] for block in start)
-        wide = torch.promote_types(start.z.dtype, torch.float32)
-        kept = torch.float64 if unknowns <= WIDE else wide
+        kept = kept_dtype(start.z.dtype, unknowns)
         rows, slots, new = len(start.z), memory + 1, start.z.new_zeros
         f64 = torch.float64
         return cls(
@@ -127,15 +126,15 @@ class Secants:
         for kept, window in ((self.of_states, self.states), (self.of_inputs, self.inputs)):
             kept[:, at], kept[:, :, :, at] = 0.0, 0.0
             kinds = window.shape[2]
-            found = _times(window[:, : at + 1].flatten(1, 2), window[:, at, G, None])
+            found = products_with(window[:, : at + 1].flatten(1, 2), window[:, at, G, None]).mT
             found = found.unflatten(1, (at + 1, kinds))[..., 0]
             kept[:, : at + 1, :, at, G] = kept[:, at, G, : at + 1] = found
             kept[:, : at + 1, G, at, S] = kept[:, at, S, : at + 1, G] = found[:, :, S]
             kept[:, at, S, at, S] = window[:, at, S].double().square().sum(dim=1)
         off, adjoint_off, descent = Point.split(sweep.r.to(self.states.dtype), n)
         for which, residual in enumerate((off, adjoint_off)):
-            self.with_off[:, which, at] = _times(states, residual[:, None])[..., 0]
-        self.with_grad[:, at] = _times(inputs, -descent[:, None])[..., 0]
+            self.with_off[:, which, at] = products_with(states, residual[:, None])[:, 0]
+        self.with_grad[:, at] = products_with(inputs, -descent[:, None])[:, 0]
 
     def products(self, count: int) -> Products:
         """Of the first ``count`` slots."""
@@ -195,18 +194,12 @@ class Secants:
         """The products of the newest rows with all others', and of all with the residuals."""
         k = self.filled
         rows = torch.cat([self.states[:, at], off[:, None], adjoint_off[:, None]], dim=1)
-        found = _times(self.states[:, :k].flatten(1, 2), rows).unflatten(1, (k, 5))
+        found = products_with(self.states[:, :k].flatten(1, 2), rows).mT.unflatten(1, (k, 5))
         self.of_states[:, :k, :, at] = found[..., :5]
         self.of_states[:, at, :, :k] = found[..., :5].permute(0, 3, 1, 2)
         self.with_off[:, :, :k] = found[..., 5:].permute(0, 3, 1, 2)
         rows = torch.cat([self.inputs[:, at], grad[:, None]], dim=1)
-        found = _times(self.inputs[:, :k].flatten(1, 2), rows).unflatten(1, (k, 3))
+        found = products_with(self.inputs[:, :k].flatten(1, 2), rows).mT.unflatten(1, (k, 3))
         self.of_inputs[:, :k, :, at] = found[..., :3]
         self.of_inputs[:, at, :, :k] = found[..., :3].permute(0, 3, 1, 2)
         self.with_grad[:, :k] = found[..., 3]
-
-
-def _times(window: Tensor, rows: Tensor) -> Tensor:
-    """⟨w_i, row⟩, ``(B, m, n), (B, r, n) -> (B, m, r)``, in float64."""
-    # In this order: the transposed product, of the same numbers, takes four times as long.
-    return torch.bmm(rows, window.mT).mT.double()

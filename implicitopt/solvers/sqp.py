@@ -8,20 +8,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from implicitopt.accelerators.anderson import window
 from implicitopt.kkt import KKT, Point, Sweep, norm
 from implicitopt.options import check_option
 from implicitopt.rows import take
 from implicitopt.solvers.joint import REACH, SHARE_OF_PLAIN
 from implicitopt.solvers.kkt_model import Model
-from implicitopt.solvers.kkt_secants import Secants
+from implicitopt.solvers.kkt_secants import KKTSecants
+from implicitopt.solvers.secants import clip
 from implicitopt.solvers.step_size import WARMUP, StepSize
 
 __all__ = ["SQP"]
 
-
-def window(unknowns: int) -> int:
-    """How many differences of so many unknowns are kept where nobody says."""
-    return min(30, max(20, 60_000 // max(1, unknowns)))
+#: How many differences are kept where nobody says: at least and at most.
+LEAST, MOST = 20, 30
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ class SQP:
                 "with it."
             )
         kkt.apart = True
-        memory = self.memory or window(sum(block.shape[1] for block in start))
-        return start, SQPState(StepSize.at(start), Secants.empty(start, memory))
+        memory = self.memory or window(sum(block.shape[1] for block in start), LEAST, MOST)
+        return start, SQPState(StepSize.at(start), KKTSecants.empty(start, memory))
 
     def step(self, kkt: KKT, point: Point, sweep: Sweep, state: SQPState) -> tuple[Point, SQPState]:
         warming = state.count < WARMUP
@@ -114,10 +114,8 @@ class SQP:
         v = move.joined()
         sound = norm(v) < math.inf
         v = torch.where(sound[:, None], v, plain)
-        length = norm(v)
         longest = torch.maximum(self.reach * sweep.sizes.whole, SHARE_OF_PLAIN * norm(plain))
-        share = torch.where(length > longest, longest / length, 1.0)
-        return Point.split(v * share[:, None].to(v.dtype), move.z.shape[1])
+        return Point.split(clip(v, longest), move.z.shape[1])
 
     def restart(self, state: SQPState, mask: Tensor) -> SQPState:
         """Start over, for the problems in ``mask``, with a quarter of the step size."""
@@ -135,5 +133,5 @@ class SQPState:
     """The step size in x, the differences, and the steps made."""
 
     size: StepSize
-    secants: Secants
+    secants: KKTSecants
     count: int = 0
