@@ -50,16 +50,11 @@ SOLVERS: dict[str, Callable[[], Any]] = {
 
 
 def applies(name: str, setting: Setting) -> bool:
-    """L-BFGS of torch is for one problem, SQP for those without constraints.
-
-    PGD's steps, of one length, need a constraint to end.
-    """
+    """L-BFGS of torch is for one problem; PGD's steps, of one length, need a constraint to end."""
     if name == "nested L-BFGS":
         return setting.batch == 1
     if name == "nested PGD":
         return "project" in setting.options
-    if name == "SQP":
-        return "project" not in setting.options
     return True
 
 

@@ -51,10 +51,6 @@ OTHERS = [i for i in range(B) if i != BAD]
 NAN, INF = float("nan"), float("inf")
 
 
-#: The others refuse them.
-TAKE_CONSTRAINTS = {name: solver for name, solver in SOLVERS.items() if "sqp" not in name}
-
-
 def by_name(table):
     return pytest.mark.parametrize(
         "solver", [pytest.param(s, id=name) for name, s in table.items()]
@@ -126,15 +122,11 @@ def spoilt(problem, spoil):
 
 
 def with_and_without_constraint(table):
-    """Each solver free, and in a ball where it takes one."""
+    """Each solver free, and in a ball."""
     return pytest.mark.parametrize(
         ("solver", "project"),
         [pytest.param(s, None, id=f"{name}-free") for name, s in table.items()]
-        + [
-            pytest.param(s, L2Ball(0.5), id=f"{name}-ball")
-            for name, s in table.items()
-            if name in TAKE_CONSTRAINTS
-        ],
+        + [pytest.param(s, L2Ball(0.5), id=f"{name}-ball") for name, s in table.items()],
     )
 
 

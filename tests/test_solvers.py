@@ -48,10 +48,6 @@ LBFGS = exact(partial(torch.optim.LBFGS, lr=1.0, max_iter=5, line_search_fn="str
 SOLVERS = {**SIMULTANEOUS, **NESTED}
 
 each_solver = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS.keys())
-CONSTRAINED = {name: solver for name, solver in SOLVERS.items() if not isinstance(solver, SQP)}
-each_that_takes_constraints = pytest.mark.parametrize(
-    "solver", CONSTRAINED.values(), ids=CONSTRAINED.keys()
-)
 each_simultaneous = pytest.mark.parametrize(
     "solver", SIMULTANEOUS.values(), ids=SIMULTANEOUS.keys()
 )
@@ -103,7 +99,7 @@ def test_lbfgs_on_a_single_problem():
     assert worst((sol.x,), (problem.known().x,)) <= 1e-5 * problem.sensitivity()
 
 
-@each_that_takes_constraints
+@each_solver
 @pytest.mark.parametrize("name", ["ball", "box"])
 def test_a_constrained_solution_is_that_of_a_long_projected_gradient_run(solver, name):
     if solver is NESTED["adam"]:
@@ -369,7 +365,7 @@ def test_a_schedule_is_called_with_the_step_and_sets_the_step_size():
     assert torch.equal(fixed.x, constant.x)
 
 
-@each_that_takes_constraints
+@each_solver
 @pytest.mark.parametrize("project", [L2Ball(0.2), Box(-0.1, 0.15)], ids=["ball", "box"])
 def test_every_iterate_is_feasible_mixed_or_not(solver, project):
     """The bug of projecting inside the map only: 65 of 80 of the paper's iterates lay outside."""
@@ -395,7 +391,7 @@ def test_every_x_that_f_and_the_loss_see_is_feasible():
         return problem.f(z, x)
 
     x0, z0 = problem.start()
-    for solver in CONSTRAINED.values():
+    for solver in SOLVERS.values():
         outside.clear()
         solve(f, problem.loss, x0, z0, solver=solver, project=L2Ball(0.2), max_steps=25, tol=0.0)
         assert outside

@@ -17,20 +17,24 @@ The loss's Hessian has the smallest rank, Gᵀ (S Gᵀ)⁺ G; inputs not tried y
 D, on the diagonal, is what an old difference may be wrong by: the square of the distance since,
 times that of ``NONLINEAR``. It decides which of two contradicting differences counts.
 
-All is done on products of the differences: the model is never formed.
+States and adjoints are eliminated, each at its equilibrium as Δx has it. What is left is a quadratic
+function of Δx, which is minimized: at one go, or, under a constraint, by projected gradients. All
+of it is done on products of the differences: the model is never formed.
 
 Source: secants of both ends, Griewank and Walther 2002, and Schlenkrich, Griewank, Walther 2010
-(adjoint Broyden updates).
+(adjoint Broyden updates). Projected gradients: Birgin, Martínez, Raydan 2000.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from implicitopt.kkt import Point, Sweep, norm
 from implicitopt.solvers.kkt_secants import G, KKTSecants, M, S, W, Y
@@ -50,173 +54,255 @@ FLAT = 1e-6
 ADJOINTS_DROWN = 0.2
 #: α becomes one over the curvature met where it is so many times too large or too small.
 FAR_OFF = 10.0
+#: Projected gradients made under a constraint.
+PROJECTED = 10
 
 
 class Basis(NamedTuple):
-    """What changes of x are written in: x itself, or, where x is longer, R = (s, w, g)'s inputs."""
+    """What changes of x are written in: c vectors, those of x, or where x is longer, R and one more.
 
-    rows: Tensor  #: (B, 3, q, c) R in it
-    products: Tensor  #: (B, c, c) of its vectors with each other
+    R are the inputs of all differences s, w and g, and the last is that of the loss's probe.
+    """
+
+    rows: Tensor  #: (B, 3, k, c) the differences' inputs in it
+    products: Tensor | None  #: (B, c, c) of its vectors with each other; None: they are x's own
     grad: Tensor  #: (B, c, 1) with ∇ₓL
 
+    def dual(self, v: Tensor) -> Tensor:
+        """Products of its vectors with those that v's columns are in it."""
+        return v if self.products is None else self.products @ v
 
-@dataclass
+
+class Probe(NamedTuple):
+    """How ∇ℓ changes along a step s: by g, of which G says Gᵀ a."""
+
+    g: tuple[Tensor, Tensor]  #: ``(B, n)`` and ``(B, d)``
+    a: Tensor  #: (B, k, 1)
+    with_d: Tensor  #: (B, 2k, 1) g's products with D, over states
+    row: Tensor  #: (B, 1, c + 1) ⟨g − Gᵀ a, s⟩ of (Δx in the basis, 1)
+    curvature: Tensor  #: (B, 1, 1) ⟨g − Gᵀ a, s⟩ of the step it was found along
+
+
+class Solution(NamedTuple):
+    """A step in x, and what follows of it."""
+
+    dx: Tensor  #: (B, d)
+    w: Tensor  #: (B, c, 1) Δx's products with the basis
+    back: Tensor  #: (B, n) Δz to the equilibrium at x as it is
+    along: Tensor  #: (B, n) Δz that Δx adds
+
+
 class Model:
     """The model at one iterate, all in products of unit differences, float64; k of each kind."""
 
-    secants: KKTSecants
-    sweep: Sweep
-    alpha: Tensor  # (B, 1) float64: for x where no curvature has been met
+    def __init__(self, secants: KKTSecants, sweep: Sweep, alpha: Tensor) -> None:
+        """``alpha``, (B, 1): for x where no curvature has been met."""
+        self.secants, self.sweep, self.k = secants, sweep, secants.filled
+        self.residuals = Point.split(sweep.r, sweep.f.shape[1])
+        self.probed: Probe | None = None
+        self._fit()
+        self._reduce(alpha.double()[..., None])
 
-    def __post_init__(self) -> None:
-        self.k = self.secants.filled
-        self.residuals = Point.split(self.sweep.r, self.sweep.f.shape[1])
-        self.wrong = self.secants.distances() / self.sweep.sizes.whole.double()[:, None] ** 2
-        self.ridge = NONLINEAR**2 * self.wrong + self.secants.rounding  # D
-        self._look(self.k)
-        self._equilibria()
+    def _fit(self) -> None:
+        """J = Dᵀ T V and how z and μ follow x, C, and the loss's Hessian.
 
-    def probe(self, move: tuple[Tensor, Tensor], change: tuple[Tensor, Tensor]) -> None:
-        """Learn how the loss's gradient changes along (Δz, Δx)."""
-        self.secants.probe(move, change, self.sweep)
-        self._look(self.k + 1)
-
-    def _look(self, count: int) -> None:
-        """At the first ``count`` slots: their lengths, and their inputs."""
-        self.raw = self.secants.products(count)
-        squares = _diagonal(self.raw.states[:, S, :, S]) + _diagonal(self.raw.inputs[:, S, :, S])
-        s, m = _unit(squares), _unit(_diagonal(self.raw.states[:, M, :, M]))
-        self.units = torch.stack([s, m, s, s, m], dim=1)
-        self.basis = self._basis(self.units[:, :3])
-        self.g_d = torch.cat([self._states(G, Y, count), self._states(G, M, count)], dim=2)
-
-    def _basis(self, units: Tensor) -> Basis:
-        rows, _, q = units.shape
-        d = self.secants.inputs.shape[3]
-        if d <= 3 * q:
-            inputs = self.secants.inputs[:, :q].transpose(1, 2).double() * units[..., None]
-            eye = torch.eye(d, dtype=inputs.dtype, device=inputs.device).expand(rows, d, d)
-            return Basis(inputs, eye, -self.residuals.x.double()[..., None])
-        eye = torch.eye(3 * q, dtype=units.dtype, device=units.device).expand(rows, -1, -1)
-        products = self.raw.inputs * units[..., None, None] * units[:, None, None]
-        grad = (self.raw.grad * units).flatten(1)[..., None]
-        return Basis(eye.unflatten(1, (3, q)), products.flatten(3).flatten(1, 2), grad)
-
-    def _states(self, a: int, b: int, count: int | None = None) -> Tensor:
-        """⟨a, b⟩ over states: of the first ``count`` of kind a with all k of kind b."""
-        count = count or self.k
-        raw = self.raw.states[:, a, :count, b, : self.k]
-        return raw * self.units[:, a, :count, None] * self.units[:, b, None, : self.k]
-
-    def _whole(self, a: int, b: int) -> Tensor:
-        """⟨a, b⟩ over states and inputs."""
-        raw = self.raw.states[:, a, :, b] + self.raw.inputs[:, a, :, b]
-        return raw * self.units[:, a, :, None] * self.units[:, b, None]
-
-    def _equilibria(self) -> None:
-        """How z and μ follow x: Φ, with J = Dᵀ T V, D = (Y, M), V = (S, W), Φ = (I − T V_z Dᵀ)⁻¹ T.
-
-        Along x the states' equilibria change by Dᵀ Φ V_x, the adjoints' by its transpose.
+        With D = (Y, M) and V = (S, W), states' equilibria change by Dᵀ Φ V_x along x, and the
+        adjoints' by its transpose: Φ = (I − T V_z Dᵀ)⁻¹ T.
         """
-        k = self.k
-        s, m = self.units[:, S], self.units[:, M]
-        ss, my = self._whole(S, S), self._states(M, Y)
-        inv_s, inv_m = _inverse(ss, s, self.ridge), _inverse(self._states(M, M), m, self.ridge)
-        known = self._whole(W, S) - my @ (inv_s @ ss)  # E Sᵀ: C there
-        curved = known * ratio(s, m)[:, :, None]
-        inv_c = _inverse(ss, s, self.ridge + self._unsure(s, m))
+        k, secants = self.k, self.secants
+        states, inputs = secants.of_states[:, :, :k, :, :k], secants.of_inputs[:, :, :k, :, :k]
+        s, m = secants.lengths[:, :, :k].unbind(1)
+        wrong = secants.distances() / self.sweep.sizes.whole.double()[:, None] ** 2
+        ridge = NONLINEAR**2 * wrong + secants.rounding  # D
+        ss, ws, sg = (states[:, a, :, b] + inputs[:, a, :, b] for a, b in ((S, S), (W, S), (S, G)))
+        my, mm, xx = states[:, M, :, Y], states[:, M, :, M], inputs[:, S, :, S]
+        x_unit = ratio(torch.ones_like(s), _diagonal(xx).sqrt())
+        grams = torch.stack([ss, mm, ss, xx * (x_unit[:, :, None] * x_unit[:, None]), sg], dim=1)
+        grams[:, 4] = 0.5 * (sg + sg.mT)
+        shifts = (ridge, ridge, ridge + self._unsure(s, m), TRIED + ridge, self._shift(sg, wrong))
+        grams.diagonal(dim1=2, dim2=3).add_(torch.stack(shifts, dim=1))
+        inv_s, inv_m, inv_c, tried, self.loss = torch.linalg.inv_ex(grams)[0].unbind(1)
+        known = ws - my @ (inv_s @ ss)  # E Sᵀ: C there
+        curved = known * ratio(m, s)[:, :, None]
         self.curvature = inv_c @ (0.5 * (curved + curved.mT)) @ inv_c
+        self.tried, self.x_unit = tried * (x_unit[:, :, None] * x_unit[:, None]), x_unit
         self.T = inv_s.new_zeros(len(ss), 2 * k, 2 * k)
         self.T[:, :k, :k], self.T[:, k:, k:] = inv_s, inv_m
         self.T[:, k:, :k] = -inv_m @ ((my + known) @ inv_s)
-        self.s_d = torch.cat([self._states(S, Y), self._states(S, M)], dim=2)
-        w_d = torch.cat([self._states(W, Y), self._states(W, M)], dim=2)
-        self.lu = _factors(self.T @ torch.cat([self.s_d, w_d], dim=1).neg_())
-        raw, units = self.raw, self.units
-        self.tried, self.lengths = self._tried()
-        self.v_off = (raw.off[:, S : W + 1] * units[:, S : W + 1]).flatten(1)[..., None]
-        self.d_adjoint_off = (raw.adjoint_off[:, Y:] * units[:, Y:]).flatten(1)[..., None]
+        v_d = states[:, : W + 1, :, Y:].reshape(len(ss), 2 * k, 2 * k)
+        self.sg_d = states[:, : G + 1 : G, :, Y:].reshape(len(ss), 2 * k, 2 * k)
+        self.lu = _factors((self.T @ v_d).neg_())
 
-    def response(self) -> tuple[Tensor, Tensor]:
-        """(Δz, Δx) to the solution of the model."""
-        forward, _, _, rho, alpha = self._coefficients()
-        return self._states_move(forward), self._inputs_move(rho, alpha)
+    def _reduce(self, alpha: Tensor) -> None:
+        """The quadratic function of Δx: gradient ∇ₓL + Bᵀ p and Hessian I/α + Bᵀ K B, B the basis.
 
-    def step(self) -> Point:
-        """(Δz, Δμ, Δx) to the solution of the model."""
-        forward, sigma, h, rho, alpha = self._coefficients()
-        dmu = self._adjoints_move(sigma, h)
-        return Point(self._states_move(forward), dmu, self._inputs_move(rho, alpha))
+        And what the step is made of, each as a function of (Δx in the basis, 1).
+        """
+        k, secants = self.k, self.secants
+        self.basis = basis = self._basis()
+        c = basis.rows.shape[3]
+        off = secants.with_off[:, :, :k, None]
+        of = torch.cat([basis.rows, off[:, : G + 1]], dim=3)  # (B, 3, k, c + 1)
+        v = of[:, : W + 1].flatten(1, 2)
+        self.forward = torch.linalg.lu_solve(*self.lu, self.T @ v)
+        # With states and adjoints at their equilibria: S s and G s.
+        along = of[:, : G + 1 : G].flatten(1, 2) + self.sg_d @ self.forward
+        s, g = along.split(k, dim=1)
+        self.g_along = g
+        self.back = torch.cat([self.curvature @ s, self.loss @ g], dim=1)
+        K_p = along[:, :, :c].mT @ self.back
+        self.d_adjoint_off = secants.with_adjoint_off[:, Y:, :k].flatten(1)[..., None]
+        self.K, self.p = K_p[:, :, :c], K_p[:, :, c:]
+        self.p = self.p + self.forward[:, :, :c].mT @ self.d_adjoint_off
+        rows = basis.rows[:, S]
+        self.alpha = self._untried(alpha, basis.dual(rows.mT * self.x_unit[:, None]))
+        self.K = self.K - (rows.mT @ self.tried @ rows) / self.alpha
 
-    def _coefficients(self) -> tuple[Tensor, ...]:
-        """What the step is made of: see ``_states_move``, ``_adjoints_move``, ``_inputs_move``."""
-        k, basis = self.k, self.basis
-        v_x = basis.rows[:, : W + 1, :k].flatten(1, 2)
-        count = v_x.shape[2]
-        both = torch.linalg.lu_solve(*self.lu, self.T @ torch.cat([v_x, self.v_off], dim=2))
-        # With states and adjoints at their equilibria: S s = Ŝ Δx + s₀, G s = Ĝ Δx + g₀.
-        s, g = self.s_d @ both, self.g_d @ both
-        s[:, :, :count] += basis.rows[:, S, :k]
-        g[:, :, :count] += basis.rows[:, G]
-        s[:, :, count] += self.raw.off[:, S, :k] * self.units[:, S, :k]
-        g[:, :, count] += self.raw.off[:, G] * self.units[:, G]
-        sigma, h = self.curvature @ s, self._loss(g)
-        # The reduced Hessian, I/α + K, and gradient, g + p, in the basis.
-        K_p = torch.cat([s, g], dim=1)[:, :, :count].mT @ torch.cat([sigma, h], dim=1)
-        K, p = K_p[:, :, :count], K_p[:, :, count:]
-        p = p + both[:, :, :count].mT @ self.d_adjoint_off
-        tried = basis.rows[:, S, :k] * self.lengths[..., None]
-        alpha = self._untried(K, tried @ basis.products)
-        K = K - (tried.mT @ self.tried @ tried) / alpha
-        eye = torch.eye(count, dtype=K.dtype, device=K.device)
-        system = eye + alpha * (K @ basis.products)
-        rhs = -alpha * (K @ (basis.grad + basis.products @ p))
-        rho = p + torch.linalg.solve_ex(system, rhs)[0]  # Δx = −α (g + basisᵀ ρ)
-        dx = -alpha * (basis.grad + basis.products @ rho)
-        forward, sigma, h = (
-            part[:, :, count:] + part[:, :, :count] @ dx for part in (both, sigma, h)
-        )
-        return forward, sigma, h, -alpha * rho, alpha
+    def _basis(self) -> Basis:
+        k, secants = self.k, self.secants
+        d = secants.inputs.shape[3]
+        grad = -self.residuals.x
+        if d <= 3 * k:
+            rows = secants.inputs[:, :k].transpose(1, 2).double()
+            rows = rows * secants.counts[:, : G + 1, :k, None]
+            return Basis(rows, None, grad.double()[..., None])
+        products = secants.of_inputs[:, :, :k, :, :k].reshape(len(grad), 3 * k, 3 * k)
+        eye = torch.eye(3 * k, 3 * k + 1, dtype=products.dtype, device=products.device)
+        rows = eye.unflatten(0, (3, k)).expand(len(grad), -1, -1, -1)
+        with_grad = pad(secants.with_grad[:, :, :k].flatten(1), (0, 1))
+        return Basis(rows, pad(products, (0, 1, 0, 1)), with_grad[..., None])
 
-    def _states_move(self, forward: Tensor) -> Tensor:
-        """Δz = f − z + Dᵀ forward."""
-        of_y, of_m = forward[..., 0].split(self.k, dim=1)
-        units = self.units[:, :, : self.k]
-        moved = self.secants.combine({Y: of_y * units[:, Y], M: of_m * units[:, M]})
-        return self.residuals.z + moved.to(self.residuals.z)
-
-    def _adjoints_move(self, sigma: Tensor, h: Tensor) -> Tensor:
-        """Δμ = μ⁺ − μ + Vᵀ backward + Sᵀ sigma + Gᵀ h, over states."""
-        k, units = self.k, self.units
-        rest = self.d_adjoint_off + self.g_d.mT @ h + self.s_d.mT @ sigma
-        backward = self.T.mT @ torch.linalg.lu_solve(*self.lu, rest, adjoint=True)
-        of_s, of_w = (backward[:, :k] + sigma)[..., 0], backward[:, k:, 0]
-        moved = self.secants.combine(
-            {S: of_s * units[:, S, :k], W: of_w * units[:, W, :k], G: h[..., 0] * units[:, G]}
-        )
-        return self.residuals.mu + moved.to(self.residuals.mu)
-
-    def _inputs_move(self, rho: Tensor, alpha: Tensor) -> Tensor:
-        """Δx = −α ∇ₓL + basisᵀ ρ."""
-        descent = self.residuals.x
-        if rho.shape[1] == descent.shape[1]:
-            inputs = rho[..., 0]
+    def probe(self, move: tuple[Tensor, Tensor], change: tuple[Tensor, Tensor]) -> None:
+        """Learn how ∇ℓ changes along a step (Δz, Δx): a rank more for the loss's Hessian."""
+        k, c, basis, secants = self.k, self.K.shape[1], self.basis, self.secants
+        size = torch.hypot(norm(move[0]), norm(move[1]))
+        unit = torch.where((size > 0) & (size < math.inf), 1 / size, 0.0)[:, None]
+        (s_z, s_x), (g_z, g_x) = ((unit * a, unit * b) for a, b in (move, change))
+        on_s, *on_d = secants.states_with(g_z, (S, Y, M)).split(k, dim=1)
+        of_inputs = secants.inputs_with(g_x)
+        on_s = (on_s + of_inputs[:, S])[..., None]
+        with_d = torch.cat(on_d, dim=1)[..., None]
+        a = self.loss @ on_s
+        own = ((s_z * g_z).sum(dim=1) + (s_x * g_x).sum(dim=1)).double()[:, None, None]
+        flat = torch.copysign(self.flat[..., None], own)
+        curvature = torch.where(own == 0, 1.0, own + flat - on_s.mT @ a)
+        row = with_d.mT @ self.forward - a.mT @ self.g_along
+        row[:, 0, c] += (g_z * self.residuals.z).sum(dim=1)
+        if basis.products is None:
+            row[:, 0, :c] += g_x
         else:
-            of_each = rho.unflatten(1, (3, -1))[..., 0]
-            inputs = self.secants.combine_inputs(of_each * self.units[:, :3])
-        return (alpha[:, 0] * descent + inputs).to(descent)
+            row[:, 0, c - 1] += 1.0
+            with_g = torch.cat([of_inputs.flatten(1), (g_x * g_x).sum(dim=1, keepdim=True)], dim=1)
+            basis.products[:, c - 1] = basis.products[:, :, c - 1] = with_g
+            basis.grad[:, c - 1, 0] = -(g_x * self.residuals.x).sum(dim=1)
+        found = row[:, :, :c].mT @ (row / curvature)
+        self.K, self.p = self.K + found[:, :, :c], self.p + found[:, :, c:]
+        self.probed = Probe((g_z, g_x), a, with_d, row, curvature)
 
-    def _loss(self, g_s: Tensor) -> Tensor:
-        """(S Gᵀ)⁺ of its argument: the coefficients of (∂²ℓ) s, given G s."""
-        products = self._whole(S, G)
-        products = 0.5 * (products + products.mT)
-        diagonal = _diagonal(products)
-        flat = FLAT * diagonal.abs().amax(dim=1, keepdim=True)
-        probes = products.shape[1] - self.k  # just made
-        wrong = LOSS_NONLINEAR * torch.nn.functional.pad(self.wrong, (0, probes))
-        shift = torch.copysign(flat, diagonal) + wrong * diagonal.abs()
-        shift = torch.where(diagonal == 0, 1.0, shift)
-        return cast(Tensor, torch.linalg.solve_ex(products + torch.diag_embed(shift), g_s)[0])
+    def solve(self, x: Tensor, project: Callable[[Tensor], Tensor] | None) -> Solution:
+        """The least of the quadratic function, with x + Δx in C."""
+        K, p, basis, alpha = self.K, self.p, self.basis, self.alpha
+        c = K.shape[1]
+        system = alpha * (K if basis.products is None else K @ basis.products)
+        _diagonal(system).add_(1.0)
+        rho = p + torch.linalg.solve_ex(system, -alpha * (K @ (basis.grad + basis.dual(p))))[0]
+        w = -alpha * (basis.grad + basis.dual(rho))  # Δx = −α (∇ₓL + Bᵀ rho)
+        dx = (
+            w[..., 0]
+            if basis.products is None
+            else alpha[:, 0] * self.residuals.x + self._inputs(-alpha * rho)
+        )
+        dx = dx.to(x.dtype)
+        if project is not None:
+            dx, w = self._projected(x, project, dx)
+        forward = torch.cat([self.forward[:, :, c:], self.forward[:, :, :c] @ w], dim=2).mT
+        of_y, of_m = forward.split(self.k, dim=2)
+        back, along = self.secants.combine({Y: of_y, M: of_m}).to(x.dtype).unbind(1)
+        return Solution(dx, w, self.residuals.z + back, along)
+
+    def _projected(
+        self, x: Tensor, project: Callable[[Tensor], Tensor], newton: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Δx and its products with the basis, by projected gradients from the projected ``newton``.
+
+        Of Barzilai and Borwein's length, each ending where the quadratic function is least on it.
+        """
+        alpha = self.alpha[:, 0].to(x.dtype)
+        grad = -self.residuals.x + self._in_x(self.p)
+        dx = project(x + newton) - x
+        change, w = self._curved(dx)
+        better = ((2 * grad + change) * dx).sum(dim=1, keepdim=True) < 0
+        dx, w, change = (torch.where(better, a, 0.0) for a in (dx, w[..., 0], change))
+        grad, length = grad + change, alpha
+        for _ in range(PROJECTED):
+            move = project(x + dx - length * grad) - x - dx
+            change, of_move = self._curved(move)
+            square, curved = ((a * move).sum(dim=1, keepdim=True) for a in (move, change))
+            # The slope is at least as steep as −‖move‖²/length, which knows no cancellation.
+            share = torch.where(curved > 0, square / (length * curved), 1.0).clamp(max=1)
+            dx, grad, w = dx + share * move, grad + share * change, w + share * of_move[..., 0]
+            length = torch.where(curved > 0, square / curved, length)
+        return dx, w[..., None].double()
+
+    def _in_x(self, rho: Tensor) -> Tensor:
+        found = rho[..., 0] if self.basis.products is None else self._inputs(rho)
+        return found.to(self.residuals.x.dtype)
+
+    def _curved(self, dx: Tensor) -> tuple[Tensor, Tensor]:
+        """(I/α + Bᵀ K B) Δx, and B Δx."""
+        if self.basis.products is None:
+            w = dx.double()[..., None]
+        else:
+            w = self.secants.inputs_with(dx).flatten(1)
+            last = (
+                torch.zeros_like(w[:, :1])
+                if self.probed is None
+                else (self.probed.g[1] * dx).sum(dim=1, keepdim=True).double()
+            )
+            w = torch.cat([w, last], dim=1)[..., None]
+        return dx / self.alpha[:, 0].to(dx.dtype) + self._in_x(self.K @ w), w
+
+    def step(self, found: Solution, share: Tensor) -> Point:
+        """(Δz, Δμ, Δx), of which Δx, with what follows, only that share, ``(B, 1)``.
+
+        Δμ = μ⁺ − μ + Vᵀ backward + Sᵀ sigma + Gᵀ h, over states.
+        """
+        k = self.k
+        w = pad(found.w * share[..., None], (0, 0, 0, 1), value=1.0)
+        sigma_h = self.back @ w
+        rest = self.d_adjoint_off
+        if self.probed is not None:
+            along = self.probed.row @ w / self.probed.curvature
+            sigma_h[:, k:] -= self.probed.a * along
+            rest = rest + self.probed.with_d * along
+        rest = rest + self.sg_d.mT @ sigma_h
+        sigma, h = sigma_h.mT.split(k, dim=2)
+        of_s, of_w = (self.T.mT @ torch.linalg.lu_solve(*self.lu, rest, adjoint=True)).mT.split(
+            k, dim=2
+        )
+        dmu = self.secants.combine({S: of_s + sigma, W: of_w, G: h})[:, 0]
+        if self.probed is not None:
+            dmu = dmu + (along[:, 0] * self.probed.g[0]).to(dmu.dtype)
+        share = share.to(found.dx.dtype)
+        return Point(
+            found.back + share * found.along,
+            self.residuals.mu + dmu.to(self.residuals.mu.dtype),
+            share * found.dx,
+        )
+
+    def _inputs(self, rho: Tensor) -> Tensor:
+        """Bᵀ rho, ``(B, c, 1) -> (B, d)``."""
+        rho, last = rho[:, :-1], rho[:, -1]
+        found = self.secants.combine_inputs(rho.unflatten(1, (3, -1))[..., 0])
+        return found if self.probed is None else found + last * self.probed.g[1]
+
+    def _shift(self, sg: Tensor, wrong: Tensor) -> Tensor:
+        """What is added to S Gᵀ: a little, and by how much each may be wrong."""
+        diagonal = _diagonal(sg)
+        size = diagonal.abs()
+        self.flat = FLAT * size.amax(dim=1, keepdim=True)
+        shift = torch.copysign(self.flat, diagonal) + LOSS_NONLINEAR * wrong * size
+        return torch.where(diagonal == 0, 1.0, shift)
 
     def _unsure(self, s: Tensor, m: Tensor) -> Tensor:
         """What is added to D for C: where adjoints moved more than states, J's errors drown it.
@@ -224,33 +310,18 @@ class Model:
         C is in units of μ over those of the state.
         """
         size = self.sweep.sizes.state.double() / norm(self.secants.mu).double()
-        larger = s * _length(m) * size[:, None]
+        larger = ratio(m, s) * size[:, None]
         return (ADJOINTS_DROWN * larger**2).nan_to_num(0.0).clamp(max=1e12)
 
-    def _untried(self, K: Tensor, along: Tensor) -> Tensor:
+    def _untried(self, alpha: Tensor, along: Tensor) -> Tensor:
         """α: one over the largest curvature met along a difference of x, where that is far from it.
 
         The first α knows nothing of the units of x and of the loss.
         """
-        alpha = self.alpha[:, 0]
-        most = ((along @ K) * along).sum(dim=2).amax(dim=1)
+        most = ((self.K @ along) * along).sum(dim=1).amax(dim=1)[:, None, None]
         met = alpha * most
         far = ((met > FAR_OFF) | (met < 1 / FAR_OFF)) & (most > 0) & (met < math.inf)
-        return torch.where(far, 1 / torch.where(far, most, 1.0), alpha)[:, None, None]
-
-    def _tried(self) -> tuple[Tensor, Tensor]:
-        """(X Xᵀ + …)⁻¹ of the differences of x, X, to unit length; and their lengths until then.
-
-        Between two X it is the directions of x that they span.
-        """
-        raw = self.raw.inputs[:, S, :, S]
-        unit = _unit(_diagonal(raw))
-        inverse = _inverse(raw * unit[:, :, None] * unit[:, None], unit, TRIED + self.ridge)
-        return inverse, unit * _length(self.units[:, S])
-
-
-def _length(unit: Tensor) -> Tensor:
-    return ratio(torch.ones_like(unit), unit)
+        return torch.where(far, 1 / most, alpha)
 
 
 def _factors(minus: Tensor) -> tuple[Tensor, Tensor]:
@@ -262,14 +333,3 @@ def _factors(minus: Tensor) -> tuple[Tensor, Tensor]:
 
 def _diagonal(matrices: Tensor) -> Tensor:
     return matrices.diagonal(dim1=1, dim2=2)
-
-
-def _unit(squares: Tensor) -> Tensor:
-    """One over the length; 0 where there is none."""
-    return torch.where(squares > 0, squares.rsqrt(), 0.0)
-
-
-def _inverse(products: Tensor, unit: Tensor, ridge: Tensor) -> Tensor:
-    """Of the products with their ridge; differences of no length are left out."""
-    diagonal = torch.where(unit > 0, ridge, 1.0)
-    return cast(Tensor, torch.linalg.inv_ex(products + torch.diag_embed(diagonal))[0])

@@ -6,47 +6,40 @@ Each step leaves five differences of states, and three of inputs:
     m = Δμ                     w = Δ(Jᵀμ) ≈ Jᵀ m + C s,             C = μ·∂²f
                                g = Δ∇ℓ ≈ (∂²ℓ) s
 
-They are kept in a ring, with all their products, which a step updates by its own rows: one pass
-over the ring. Everything else works on the products.
+They are kept in a ring, s, y and g over the length of s, and m and w over that of m, with all their
+products, which a step updates by its own rows: one pass over the ring. Everything else works on the
+products.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from implicitopt.accelerators.anderson import kept_dtype, products_with
-from implicitopt.kkt import Point, Sweep, norm, some
+from implicitopt.kkt import Point, Sweep, norm, row_mask, some
 
-__all__ = ["KKTSecants", "Products"]
+__all__ = ["KKTSecants"]
 
 #: Places of the differences: of states s, w, g, y and m, of inputs s, w and g.
 S, W, G, Y, M = range(5)
 
 
-class Products(NamedTuple):
-    """⟨a, b⟩ of q differences of each kind, (B, kinds, q, kinds, q), and of them with residuals."""
-
-    states: Tensor  #: (B, 5, q, 5, q)
-    inputs: Tensor  #: (B, 3, q, 3, q)
-    off: Tensor  #: (B, 5, q) with f − z
-    adjoint_off: Tensor  #: (B, 5, q) with μ⁺ − μ
-    grad: Tensor  #: (B, 3, q) with ∇ₓL
-
-
 @dataclass
 class KKTSecants:
-    """The ring. Its slot after the newest differences takes a probe of the loss, s and g alone."""
+    """The ring, and products of the differences in it: of q places, k of them filled."""
 
-    states: Tensor  # (B, m + 1, 5, n)
-    inputs: Tensor  # (B, m + 1, 3, d)
-    of_states: Tensor  # (B, m + 1, 5, m + 1, 5) float64, their products; 0: does not count
-    of_inputs: Tensor  # (B, m + 1, 3, m + 1, 3) float64
-    with_off: Tensor  # (B, 2, m + 1, 5) float64, with the last f − z and μ⁺ − μ
-    with_grad: Tensor  # (B, m + 1, 3) float64, with the last ∇ₓL
+    states: Tensor  # (B, q, 5, n)
+    inputs: Tensor  # (B, q, 3, d)
+    lengths: Tensor  # (B, 2, q) float64, ‖s‖ and ‖m‖; 0: the difference does not count
+    counts: Tensor  # (B, 5, q) float64, 1 where a difference of that kind does, else 0
+    of_states: Tensor  # (B, 5, q, 5, q) float64, products of the states
+    of_inputs: Tensor  # (B, 3, q, 3, q) float64, of the inputs
+    with_off: Tensor  # (B, 5, q) float64, of the states with the last f − z
+    with_adjoint_off: Tensor  # (B, 5, q) float64, and with the last μ⁺ − μ
+    with_grad: Tensor  # (B, 3, q) float64, of the inputs with the last ∇ₓL
     last: tuple[Tensor, ...] | None = None
     fresh: Tensor | None = None  # (B,) problems just restarted: their next difference is void
     pushed: int = 0
@@ -55,29 +48,28 @@ class KKTSecants:
     def empty(cls, start: Point, memory: int) -> KKTSecants:
         unknowns = sum(block.shape[1] for block in start)
         kept = kept_dtype(start.z.dtype, unknowns)
-        rows, slots, new = len(start.z), memory + 1, start.z.new_zeros
+        rows, n, d, new = len(start.z), start.z.shape[1], start.x.shape[1], start.z.new_zeros
         f64 = torch.float64
         return cls(
-            states=new(rows, slots, 5, start.z.shape[1], dtype=kept),
-            inputs=new(rows, slots, 3, start.x.shape[1], dtype=kept),
-            of_states=new(rows, slots, 5, slots, 5, dtype=f64),
-            of_inputs=new(rows, slots, 3, slots, 3, dtype=f64),
-            with_off=new(rows, 2, slots, 5, dtype=f64),
-            with_grad=new(rows, slots, 3, dtype=f64),
+            states=start.z.new_empty(rows, memory, 5, n, dtype=kept),  # not read before written
+            inputs=start.z.new_empty(rows, memory, 3, d, dtype=kept),
+            lengths=new(rows, 2, memory, dtype=f64),
+            counts=new(rows, 5, memory, dtype=f64),
+            of_states=new(rows, 5, memory, 5, memory, dtype=f64),
+            of_inputs=new(rows, 3, memory, 3, memory, dtype=f64),
+            with_off=new(rows, 5, memory, dtype=f64),
+            with_adjoint_off=new(rows, 5, memory, dtype=f64),
+            with_grad=new(rows, 3, memory, dtype=f64),
         )
 
     @property
-    def memory(self) -> int:
-        return self.states.shape[1] - 1
-
-    @property
     def filled(self) -> int:
-        """How many differences there are, the probe not counted."""
-        return min(self.pushed, self.memory)
+        """k, how many differences there are."""
+        return min(self.pushed, self.states.shape[1])
 
     @property
     def newest(self) -> int:
-        return (self.pushed - 1) % self.memory
+        return (self.pushed - 1) % self.states.shape[1]
 
     @property
     def mu(self) -> Tensor:
@@ -87,7 +79,7 @@ class KKTSecants:
 
     @property
     def rounding(self) -> float:
-        """What the products of unit differences may be off by."""
+        """What the products may be off by."""
         return 1e-10 if self.states.dtype == torch.float64 else 1e-6
 
     def push(self, point: Point, sweep: Sweep) -> None:
@@ -101,50 +93,36 @@ class KKTSecants:
         now = tuple(block.to(self.states.dtype) for block in found)
         if self.last is not None:
             self.pushed += 1
-            at = self.newest
-            places = [*self.states[:, at].unbind(1), *self.inputs[:, at].unbind(1)]
-            for place, new, old in zip(places, now, self.last, strict=True):
-                torch.sub(new, old, out=place)
-            self._void(at, self.fresh)
-            off, adjoint_off, descent = Point.split(sweep.r.to(self.states.dtype), point.z.shape[1])
-            self._multiply(at, off, adjoint_off, -descent)
+            self._keep(self.newest, now, self.last)
+            self._multiply(self.newest, sweep)
         self.last, self.fresh = now, None
 
-    def probe(
-        self, move: tuple[Tensor, Tensor], change: tuple[Tensor, Tensor], sweep: Sweep
-    ) -> None:
-        """Take in how ∇ℓ changes along (Δz, Δx): for the next look, and no longer."""
-        at, n = self.filled, self.states.shape[3]
-        states, inputs = self.states[:, at], self.inputs[:, at]
-        states.zero_()
-        inputs.zero_()
-        for place, (of_z, of_x) in ((S, move), (G, change)):
-            states[:, place].copy_(of_z)
-            inputs[:, place].copy_(of_x)
-        self._void(at, None)
-        # Of s with others' g, what g with their s says: the loss's Hessian is symmetric.
-        for kept, window in ((self.of_states, self.states), (self.of_inputs, self.inputs)):
-            kept[:, at], kept[:, :, :, at] = 0.0, 0.0
-            kinds = window.shape[2]
-            found = products_with(window[:, : at + 1].flatten(1, 2), window[:, at, G, None]).mT
-            found = found.unflatten(1, (at + 1, kinds))[..., 0]
-            kept[:, : at + 1, :, at, G] = kept[:, at, G, : at + 1] = found
-            kept[:, : at + 1, G, at, S] = kept[:, at, S, : at + 1, G] = found[:, :, S]
-            kept[:, at, S, at, S] = window[:, at, S].double().square().sum(dim=1)
-        off, adjoint_off, descent = Point.split(sweep.r.to(self.states.dtype), n)
-        for which, residual in enumerate((off, adjoint_off)):
-            self.with_off[:, which, at] = products_with(states, residual[:, None])[:, 0]
-        self.with_grad[:, at] = products_with(inputs, -descent[:, None])[:, 0]
+    def states_with(self, row: Tensor, kinds: tuple[int, ...]) -> Tensor:
+        """⟨difference, row⟩ over states, a column for each of the kinds: -> ``(B, kinds · k)``."""
+        k, row = self.filled, row[:, None].to(self.states.dtype)
+        windows = (self.states[:, :k, kind] for kind in kinds)
+        found = torch.cat([products_with(window, row) for window in windows], dim=1)
+        return (found * torch.stack([self.counts[:, kind, :k] for kind in kinds], dim=1)).flatten(1)
 
-    def products(self, count: int) -> Products:
-        """Of the first ``count`` slots."""
-        return Products(
-            self.of_states[:, :count, :, :count].permute(0, 2, 1, 4, 3),
-            self.of_inputs[:, :count, :, :count].permute(0, 2, 1, 4, 3),
-            self.with_off[:, 0, :count].mT,
-            self.with_off[:, 1, :count].mT,
-            self.with_grad[:, :count].mT,
-        )
+    def inputs_with(self, row: Tensor) -> Tensor:
+        """⟨difference, row⟩ over inputs, of s, w and g, ``(B, d) -> (B, 3, k)``."""
+        k, row = self.filled, row[:, None].to(self.inputs.dtype)
+        found = products_with(self.inputs[:, :k].flatten(1, 2), row)
+        return found.unflatten(2, (k, 3))[:, 0].mT * self.counts[:, : G + 1, :k]
+
+    def combine(self, coefficients: dict[int, Tensor]) -> Tensor:
+        """Σ c_i · difference i of the states' kinds given: each ``(B, r, k) -> (B, r, n)``."""
+        total: Tensor | None = None
+        for kind, each in coefficients.items():
+            rows, window = each.to(self.states.dtype), self.states[:, : each.shape[2], kind]
+            total = torch.bmm(rows, window) if total is None else torch.baddbmm(total, rows, window)
+        assert total is not None
+        return total
+
+    def combine_inputs(self, coefficients: Tensor) -> Tensor:
+        """The same of all inputs: ``(B, 3, k) -> (B, d)``."""
+        row = coefficients.mT.flatten(1)[:, None].to(self.inputs.dtype)
+        return torch.bmm(row, self.inputs[:, : coefficients.shape[2]].flatten(1, 2))[:, 0]
 
     def distances(self) -> Tensor:
         """Squared, of the present iterate (z, μ, x) from the middle of each difference, (B, k).
@@ -152,54 +130,56 @@ class KKTSecants:
         It is the sum of all later ones and half of it.
         """
         k = self.filled
-        of_states, of_inputs = self.of_states[:, :k, :, :k], self.of_inputs[:, :k, :, :k]
-        steps = of_states[:, :, S, :, S] + of_states[:, :, M, :, M] + of_inputs[:, :, S, :, S]
-        age = (self.newest - torch.arange(k, device=steps.device)) % self.memory
-        later = (age[:, None] < age).double() + 0.5 * (age[:, None] == age).double()
-        summed = later.expand_as(steps).mT @ steps @ later.expand_as(steps)
-        return summed.diagonal(dim1=1, dim2=2).clamp_min(0)
-
-    def combine(self, coefficients: dict[int, Tensor]) -> Tensor:
-        """Σ c_i · difference i of the states' kinds given: each ``(B, q)``, -> ``(B, n)``."""
-        total: Tensor | None = None
-        for kind, each in coefficients.items():
-            row, window = each[:, None].to(self.states.dtype), self.states[:, : each.shape[1], kind]
-            total = torch.bmm(row, window) if total is None else torch.baddbmm(total, row, window)
-        assert total is not None
-        return total[:, 0]
-
-    def combine_inputs(self, coefficients: Tensor) -> Tensor:
-        """The same of inputs: ``(B, 3, q) -> (B, d)``."""
-        row = coefficients.mT.flatten(1)[:, None].to(self.inputs.dtype)
-        return torch.bmm(row, self.inputs[:, : coefficients.shape[2]].flatten(1, 2))[:, 0]
+        s, m = self.lengths[:, :, :k].unbind(1)
+        of_s = self.of_states[:, S, :k, S, :k] + self.of_inputs[:, S, :k, S, :k]
+        steps = of_s * (s[:, :, None] * s[:, None])
+        steps += self.of_states[:, M, :k, M, :k] * (m[:, :, None] * m[:, None])
+        age = (self.newest - torch.arange(k, device=steps.device)) % self.states.shape[1]
+        # later[j, i]: how much of difference j lies between the middle of i and the iterate.
+        later = 0.5 * ((age[:, None] < age).double() + (age[:, None] <= age).double())
+        return ((steps @ later) * later).sum(dim=1).clamp_min(0)
 
     def forget(self, mask: Tensor) -> None:
         """Leave out all differences of the problems in ``mask``, and their next one."""
-        self.of_states.masked_fill_(mask[:, None, None, None, None], 0.0)
-        self.of_inputs.masked_fill_(mask[:, None, None, None, None], 0.0)
+        for each in (self.lengths, self.counts, self.of_states, self.of_inputs):
+            each.masked_fill_(row_mask(mask, each), 0.0)
         self.fresh = mask if self.fresh is None else self.fresh | mask
 
-    def _void(self, at: int, fresh: Tensor | None) -> None:
-        """Zero the differences in a slot where they are not finite, or say nothing."""
+    def _keep(self, at: int, now: tuple[Tensor, ...], last: tuple[Tensor, ...]) -> None:
+        """Put the newest differences, over their lengths, in their slot."""
         states, inputs = self.states[:, at], self.inputs[:, at]
-        sizes = norm(states.flatten(1)) + norm(inputs.flatten(1))
-        void = ~(sizes < torch.inf)
-        if fresh is not None:
-            void = void | fresh
+        places = [*states.unbind(1), *inputs.unbind(1)]
+        for place, new, old in zip(places, now, last, strict=True):
+            torch.sub(new, old, out=place)
+        void = ~(norm(states.flatten(1)) + norm(inputs.flatten(1)) < torch.inf)
+        if self.fresh is not None:
+            void = void | self.fresh
         if some(void):
             states.masked_fill_(void[:, None, None], 0.0)
             inputs.masked_fill_(void[:, None, None], 0.0)
+        s = torch.hypot(norm(states[:, S]), norm(inputs[:, S]))
+        m = norm(states[:, M])
+        lengths = torch.stack([s, m, s, s, m], dim=1)
+        self.lengths[:, :, at], counts = lengths[:, :2], lengths > 0
+        self.counts[:, :, at] = counts
+        units = torch.where(counts, lengths.reciprocal(), 0.0)[..., None]
+        states.mul_(units)
+        inputs.mul_(units[:, : G + 1])
 
-    def _multiply(self, at: int, off: Tensor, adjoint_off: Tensor, grad: Tensor) -> None:
-        """The products of the newest rows with all others', and of all with the residuals."""
+    def _multiply(self, at: int, sweep: Sweep) -> None:
+        """The products of the newest differences with all, and of all with the residuals."""
         k = self.filled
+        counts = self.counts[:, None, :, :k]
+        off, adjoint_off, descent = Point.split(sweep.r.to(self.states.dtype), sweep.f.shape[1])
         rows = torch.cat([self.states[:, at], off[:, None], adjoint_off[:, None]], dim=1)
-        found = products_with(self.states[:, :k].flatten(1, 2), rows).mT.unflatten(1, (k, 5))
-        self.of_states[:, :k, :, at] = found[..., :5]
-        self.of_states[:, at, :, :k] = found[..., :5].permute(0, 3, 1, 2)
-        self.with_off[:, :, :k] = found[..., 5:].permute(0, 3, 1, 2)
-        rows = torch.cat([self.inputs[:, at], grad[:, None]], dim=1)
-        found = products_with(self.inputs[:, :k].flatten(1, 2), rows).mT.unflatten(1, (k, 3))
-        self.of_inputs[:, :k, :, at] = found[..., :3]
-        self.of_inputs[:, at, :, :k] = found[..., :3].permute(0, 3, 1, 2)
-        self.with_grad[:, :k] = found[..., 3]
+        found = products_with(self.states[:, :k].flatten(1, 2), rows)
+        found = found.unflatten(2, (k, 5)).mT * counts  # (B, 7, 5, k)
+        self.of_states[:, :, at, :, :k] = found[:, :5]
+        self.of_states[:, :, :k, :, at] = found[:, :5].permute(0, 2, 3, 1)
+        self.with_off[:, :, :k], self.with_adjoint_off[:, :, :k] = found[:, 5], found[:, 6]
+        rows = torch.cat([self.inputs[:, at], descent[:, None].neg()], dim=1)
+        found = products_with(self.inputs[:, :k].flatten(1, 2), rows)
+        found = found.unflatten(2, (k, 3)).mT * counts[:, :, :3]
+        self.of_inputs[:, :, at, :, :k] = found[:, :3]
+        self.of_inputs[:, :, :k, :, at] = found[:, :3].permute(0, 2, 3, 1)
+        self.with_grad[:, :, :k] = found[:, 3]

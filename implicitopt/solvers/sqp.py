@@ -13,7 +13,7 @@ from implicitopt.kkt import KKT, Point, Sweep, norm
 from implicitopt.options import check_option
 from implicitopt.rows import take
 from implicitopt.solvers.joint import REACH, SHARE_OF_PLAIN
-from implicitopt.solvers.kkt_model import Model
+from implicitopt.solvers.kkt_model import Model, Solution
 from implicitopt.solvers.kkt_secants import KKTSecants
 from implicitopt.solvers.secants import clip
 from implicitopt.solvers.step_size import WARMUP, StepSize
@@ -22,6 +22,11 @@ __all__ = ["SQP"]
 
 #: How many differences are kept where nobody says: at least and at most.
 LEAST, MOST = 20, 30
+#: The share of the reach that is x's, with what follows of it, however far states are off.
+TANGENTIAL = 0.5
+#: A step that raises the KKT residual more than so many times halves what x may move, down to this
+#: share.
+RISE, LEAST_TRUST = 1.5, 1e-3
 
 
 @dataclass(frozen=True)
@@ -40,14 +45,15 @@ class SQP:
         reach: a step may be this share of 1 + ‖(z, μ, x)‖ long, or half the plain step where that
             is longer; a longer one is cut.
 
+    Of the reach, what takes the state back to its equilibrium comes first; x, with what follows of
+    it, has the rest, at least half, and half of that after each step that raised the KKT residual
+    by half or more, until one does not. With a constraint the model is minimized over C.
+
     Raises:
         TypeError, ValueError: an option is not as above.
 
-    It takes no ``project``. Like ``Joint`` it has no step control but ``reach``:
-    ``Adaptive(joint=SQP())`` adds one.
-
     Source: total quasi-Newton methods, Griewank and Walther 2002 (secants of ∂f from both sides);
-    SQP with their updates, Diehl, Walther, Bock, Kostina 2010.
+    SQP with their updates, Diehl, Walther, Bock, Kostina 2010; steps of two parts, Omojokun 1989.
 
     >>> import torch, implicitopt
     >>> sol = implicitopt.solve(
@@ -72,14 +78,9 @@ class SQP:
         return 0
 
     def init(self, kkt: KKT, start: Point) -> tuple[Point, SQPState]:
-        if kkt.project is not None:
-            raise ValueError(
-                "SQP() takes no constraint; got project=.... Use Adaptive(), Joint() or OneShot() "
-                "with it."
-            )
         kkt.apart = True
         memory = self.memory or window(sum(block.shape[1] for block in start), LEAST, MOST)
-        return start, SQPState(StepSize.at(start), KKTSecants.empty(start, memory))
+        return start, SQPState.empty(start, memory)
 
     def step(self, kkt: KKT, point: Point, sweep: Sweep, state: SQPState) -> tuple[Point, SQPState]:
         warming = state.count < WARMUP
@@ -88,34 +89,36 @@ class SQP:
         if warming:
             state.size.fit(point, sweep)
         plain = sweep.r.clone()
-        Point.split(plain, point.z.shape[1]).x.mul_(state.size.alpha)
+        descent = Point.split(plain, point.z.shape[1]).x
+        descent.mul_(state.size.alpha)
+        if kkt.project is not None:
+            descent.copy_(kkt.constrain(point.x + descent) - point.x)
         if warming:
             move = Point.split(plain, point.z.shape[1])
         else:
-            model = Model(state.secants, sweep, state.size.alpha.double())
-            self._probe(kkt, point, sweep, model)
-            move = self._within_reach(model.step(), plain, sweep)
-        return Point(*(a + b for a, b in zip(point, move, strict=True))), state
+            state.look(sweep)
+            move = self._newton(kkt, point, sweep, state, plain)
+        moved = Point(*(a + b for a, b in zip(point, move, strict=True)))
+        if kkt.project is not None:  # by rounding, and where C is not convex
+            moved = moved._replace(x=kkt.constrain(moved.x))
+        return moved, state
 
-    def _probe(self, kkt: KKT, point: Point, sweep: Sweep, model: Model) -> None:
-        """Look at ∇ℓ where the model's step would lead, as far as that is within reach."""
-        dz, dx = model.response()
-        length = torch.hypot(norm(dz), norm(dx))
-        longest = self.reach * sweep.sizes.whole
-        share = torch.where(length > longest, longest / length, 1.0)
-        share = torch.where(length < math.inf, share, 0.0)[:, None].to(dz.dtype)
-        dz, dx = (torch.where(share > 0, share * block, 0.0) for block in (dz, dx))
-        there, here = kkt.loss_gradient(point.z + dz, point.x + dx), sweep.loss_grad
-        assert here is not None
-        model.probe((dz, dx), (there[0] - here[0], there[1] - here[1]))
-
-    def _within_reach(self, move: Point, plain: Tensor, sweep: Sweep) -> Point:
-        """The step, cut per problem where it is too long; the plain one where there is none."""
-        v = move.joined()
-        sound = norm(v) < math.inf
-        v = torch.where(sound[:, None], v, plain)
+    def _newton(
+        self, kkt: KKT, point: Point, sweep: Sweep, state: SQPState, plain: Tensor
+    ) -> Point:
+        """The model's step, cut per problem where it is too long; the plain one where none is."""
         longest = torch.maximum(self.reach * sweep.sizes.whole, SHARE_OF_PLAIN * norm(plain))
-        return Point.split(clip(v, longest), move.z.shape[1])
+        model = Model(state.secants, sweep, state.size.alpha)
+        found = model.solve(point.x, kkt.project)
+        here, share = sweep.loss_grad, state.share(found, longest)
+        assert here is not None
+        move = _clipped((found.back + share * found.along, share * found.dx), longest)
+        there = kkt.loss_gradient(point.z + move[0], point.x + move[1])
+        model.probe(move, (there[0] - here[0], there[1] - here[1]))
+        found = model.solve(point.x, kkt.project)
+        v = model.step(found, state.share(found, longest)).joined()
+        v = torch.where((norm(v) < math.inf)[:, None], v, plain)
+        return Point.split(clip(v, longest), point.z.shape[1])
 
     def restart(self, state: SQPState, mask: Tensor) -> SQPState:
         """Start over, for the problems in ``mask``, with a quarter of the step size."""
@@ -128,10 +131,41 @@ class SQP:
         return take(state, rows)
 
 
+def _clipped(move: tuple[Tensor, ...], longest: Tensor) -> tuple[Tensor, ...]:
+    """A step (Δz, Δx), cut per problem where it is too long; none where it is not finite."""
+    length = torch.hypot(*map(norm, move))
+    share = torch.where(length > longest, longest / length, 1.0)
+    share = torch.where(length < math.inf, share, 0.0)[:, None].to(move[0].dtype)
+    return tuple(torch.where(share > 0, share * block, 0.0) for block in move)
+
+
 @dataclass
 class SQPState:
-    """The step size in x, the differences, and the steps made."""
+    """The step size in x, the differences, and how far the model is trusted."""
 
     size: StepSize
     secants: KKTSecants
-    count: int = 0
+    trust: Tensor  # (B,) share of the reach that x may use
+    residual: Tensor  # (B,) the last KKT residual
+    count: int = 0  # steps made
+
+    @classmethod
+    def empty(cls, start: Point, memory: int) -> SQPState:
+        one = torch.ones_like(norm(start.x))
+        return cls(StepSize.at(start), KKTSecants.empty(start, memory), one, math.inf * one)
+
+    def look(self, sweep: Sweep) -> None:
+        """Halve the trust where the last step raised the residual notably, else double it."""
+        kept = sweep.total <= RISE * self.residual
+        self.trust = torch.where(kept, 2 * self.trust, 0.5 * self.trust).clamp(LEAST_TRUST, 1.0)
+        self.residual = sweep.total
+
+    def share(self, found: Solution, longest: Tensor) -> Tensor:
+        """How much of the step in x may be made, ``(B, 1)``.
+
+        What the states' way back to their equilibrium leaves of the reach, at least half of it, as
+        far as the model is trusted.
+        """
+        left = self.trust * torch.maximum(longest - norm(found.back), TANGENTIAL * longest)
+        length = torch.hypot(norm(found.along), norm(found.dx))
+        return torch.where(length > left, left / length, 1.0)[:, None].to(found.dx.dtype)

@@ -129,14 +129,13 @@ def many_states():
 def test_autocast_is_for_f_and_the_loss_alone(solver):
     """Where those turn it off, nothing is left of it: not a bit of any result."""
     f, loss = many_states()
-    project = None if isinstance(solver, SQP) else L2Ball(0.5)
     found = []
     for enabled in (False, True):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             found.append(
                 solve(
                     f, loss, torch.zeros(2, 3), torch.zeros(2, 2100), solver=solver,
-                    project=project, max_steps=40, tol=1e-5, adjoint=Implicit(max_steps=5),
+                    project=L2Ball(0.5), max_steps=40, tol=1e-5, adjoint=Implicit(max_steps=5),
                 )
             )  # fmt: skip
     plain, under = found

@@ -73,8 +73,6 @@ def check_batch(seed, solvers=SOLVERS):
         "max_steps": rng.randint(3, 25),
         "tol": 0.0,  # so that no problem leaves the batch, which changes how others round
     }
-    if "SQP" in repr(options["solver"]):  # which takes no constraint
-        options["project"] = None
     clean, spoilt = (
         solve(*poisoned(problem, by_row), problem.x0, problem.z0, **options)
         for by_row in (dict.fromkeys(bad, sound), {row: POISON[kinds[row]] for row in bad})

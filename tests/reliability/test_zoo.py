@@ -76,8 +76,6 @@ def test_no_solver_makes_a_false_claim(problem, solver):
         pytest.skip("f − z falls to within tol of z as z grows: a fixed point by definition")
     if not isinstance(solver, Joint) and problem.name.endswith("which is a mistake"):
         pytest.skip("coupled problems: one that has converged is moved by those that go on")
-    if isinstance(solver, SQP) and "project" in problem.options:
-        pytest.skip("it takes no constraint")
     assert_no_false_claim(problem, find(problem, solver=solver))
 
 
