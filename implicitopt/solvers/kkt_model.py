@@ -17,9 +17,9 @@ The loss's Hessian has the smallest rank, Gᵀ (S Gᵀ)⁺ G; inputs not tried y
 D, on the diagonal, is what an old difference may be wrong by: the square of the distance since,
 times that of ``NONLINEAR``. It decides which of two contradicting differences counts.
 
-States and adjoints are eliminated, each at its equilibrium as Δx has it. What is left is a quadratic
-function of Δx, which is minimized: at one go, or, under a constraint, by projected gradients. All
-of it is done on products of the differences: the model is never formed.
+States and adjoints are eliminated, each at its equilibrium as Δx has it. What is left is a
+quadratic function of Δx, which is minimized: at one go, or, under a constraint, by projected
+gradients. All of it is done on products of the differences: the model is never formed.
 
 Source: secants of both ends, Griewank and Walther 2002, and Schlenkrich, Griewank, Walther 2010
 (adjoint Broyden updates). Projected gradients: Birgin, Martínez, Raydan 2000.
@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -59,9 +58,9 @@ PROJECTED = 10
 
 
 class Basis(NamedTuple):
-    """What changes of x are written in: c vectors, those of x, or where x is longer, R and one more.
+    """What changes of x are written in: c vectors, those of x or, where x is longer, others.
 
-    R are the inputs of all differences s, w and g, and the last is that of the loss's probe.
+    The others are R, the inputs of all differences s, w and g, and that of the loss's probe.
     """
 
     rows: Tensor  #: (B, 3, k, c) the differences' inputs in it

@@ -108,7 +108,8 @@ class KKTSecants:
         """⟨difference, row⟩ over inputs, of s, w and g, ``(B, d) -> (B, 3, k)``."""
         k, row = self.filled, row[:, None].to(self.inputs.dtype)
         found = products_with(self.inputs[:, :k].flatten(1, 2), row)
-        return found.unflatten(2, (k, 3))[:, 0].mT * self.counts[:, : G + 1, :k]
+        by_kind: Tensor = found.unflatten(2, (k, 3))[:, 0].mT * self.counts[:, : G + 1, :k]
+        return by_kind
 
     def combine(self, coefficients: dict[int, Tensor]) -> Tensor:
         """Σ c_i · difference i of the states' kinds given: each ``(B, r, k) -> (B, r, n)``."""

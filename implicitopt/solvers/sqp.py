@@ -131,12 +131,13 @@ class SQP:
         return take(state, rows)
 
 
-def _clipped(move: tuple[Tensor, ...], longest: Tensor) -> tuple[Tensor, ...]:
+def _clipped(move: tuple[Tensor, Tensor], longest: Tensor) -> tuple[Tensor, Tensor]:
     """A step (Δz, Δx), cut per problem where it is too long; none where it is not finite."""
     length = torch.hypot(*map(norm, move))
     share = torch.where(length > longest, longest / length, 1.0)
     share = torch.where(length < math.inf, share, 0.0)[:, None].to(move[0].dtype)
-    return tuple(torch.where(share > 0, share * block, 0.0) for block in move)
+    z, x = (torch.where(share > 0, share * block, 0.0) for block in move)
+    return z, x
 
 
 @dataclass
