@@ -32,7 +32,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, bmm
 from torch.nn.functional import pad
 
 from implicitopt.kkt import Point, Sweep, norm
@@ -69,7 +69,7 @@ class Basis(NamedTuple):
 
     def dual(self, v: Tensor) -> Tensor:
         """Products of its vectors with those that v's columns are in it."""
-        return v if self.products is None else self.products @ v
+        return v if self.products is None else bmm(self.products, v)
 
 
 class Probe(NamedTuple):
@@ -111,26 +111,33 @@ class Model:
         k, secants = self.k, self.secants
         states, inputs = secants.of_states[:, :, :k, :, :k], secants.of_inputs[:, :, :k, :, :k]
         s, m = secants.lengths[:, :, :k].unbind(1)
-        wrong = secants.distances() / self.sweep.sizes.whole.double()[:, None] ** 2
+        m_over_s = ratio(m, s)
+        # Of s with s, w and g, over states and inputs.
+        ss, sw, sg = (states[:, S, :, : G + 1] + inputs[:, S]).unbind(2)
+        (my, mm), xx = states[:, M, :, Y:].unbind(2), inputs[:, S, :, S]
+        self.x_unit = x_unit = _diagonal(xx).rsqrt().nan_to_num(posinf=0.0)
+        xx = xx * (x_unit[:, :, None] * x_unit[:, None])
+        wrong = secants.distances(ss, mm) / self.sweep.sizes.whole.double()[:, None].square()
         ridge = NONLINEAR**2 * wrong + secants.rounding  # D
-        ss, ws, sg = (states[:, a, :, b] + inputs[:, a, :, b] for a, b in ((S, S), (W, S), (S, G)))
-        my, mm, xx = states[:, M, :, Y], states[:, M, :, M], inputs[:, S, :, S]
-        x_unit = ratio(torch.ones_like(s), _diagonal(xx).sqrt())
-        grams = torch.stack([ss, mm, ss, xx * (x_unit[:, :, None] * x_unit[:, None]), sg], dim=1)
-        grams[:, 4] = 0.5 * (sg + sg.mT)
-        shifts = (ridge, ridge, ridge + self._unsure(s, m), TRIED + ridge, self._shift(sg, wrong))
+        shifts = (
+            ridge,
+            ridge,
+            ridge + self._unsure(m_over_s),
+            TRIED + ridge,
+            self._shift(sg, wrong),
+        )
+        grams = torch.stack([ss, mm, ss, xx, torch.lerp(sg, sg.mT, 0.5)], dim=1)
         grams.diagonal(dim1=2, dim2=3).add_(torch.stack(shifts, dim=1))
-        inv_s, inv_m, inv_c, tried, self.loss = torch.linalg.inv_ex(grams)[0].unbind(1)
-        known = ws - my @ (inv_s @ ss)  # E Sᵀ: C there
-        curved = known * ratio(m, s)[:, :, None]
-        self.curvature = inv_c @ (0.5 * (curved + curved.mT)) @ inv_c
-        self.tried, self.x_unit = tried * (x_unit[:, :, None] * x_unit[:, None]), x_unit
+        inv_s, inv_m, inv_c, self.tried, self.loss = torch.linalg.inv_ex(grams)[0].unbind(1)
+        known = torch.baddbmm(sw.mT, my, bmm(inv_s, ss), alpha=-1)  # E Sᵀ: C there
+        curved = known * m_over_s[:, :, None]
+        self.curvature = bmm(bmm(inv_c, torch.lerp(curved, curved.mT, 0.5)), inv_c)
         self.T = inv_s.new_zeros(len(ss), 2 * k, 2 * k)
         self.T[:, :k, :k], self.T[:, k:, k:] = inv_s, inv_m
-        self.T[:, k:, :k] = -inv_m @ ((my + known) @ inv_s)
+        self.T[:, k:, :k] = bmm(inv_m, bmm(my + known, inv_s)).neg_()
         v_d = states[:, : W + 1, :, Y:].reshape(len(ss), 2 * k, 2 * k)
         self.sg_d = states[:, : G + 1 : G, :, Y:].reshape(len(ss), 2 * k, 2 * k)
-        self.lu = _factors((self.T @ v_d).neg_())
+        self.lu = _factors(bmm(self.T, v_d).neg_())
 
     def _reduce(self, alpha: Tensor) -> None:
         """The quadratic function of Δx: gradient ∇ₓL + Bᵀ p and Hessian I/α + Bᵀ K B, B the basis.
@@ -143,19 +150,19 @@ class Model:
         off = secants.with_off[:, :, :k, None]
         of = torch.cat([basis.rows, off[:, : G + 1]], dim=3)  # (B, 3, k, c + 1)
         v = of[:, : W + 1].flatten(1, 2)
-        self.forward = torch.linalg.lu_solve(*self.lu, self.T @ v)
+        self.forward = torch.linalg.lu_solve(*self.lu, bmm(self.T, v))
         # With states and adjoints at their equilibria: S s and G s.
-        along = of[:, : G + 1 : G].flatten(1, 2) + self.sg_d @ self.forward
+        along = torch.baddbmm(of[:, : G + 1 : G].flatten(1, 2), self.sg_d, self.forward)
         s, g = along.split(k, dim=1)
         self.g_along = g
-        self.back = torch.cat([self.curvature @ s, self.loss @ g], dim=1)
-        K_p = along[:, :, :c].mT @ self.back
+        self.back = torch.cat([bmm(self.curvature, s), bmm(self.loss, g)], dim=1)
+        K_p = bmm(along[:, :, :c].mT, self.back)
         self.d_adjoint_off = secants.with_adjoint_off[:, Y:, :k].flatten(1)[..., None]
-        self.K, self.p = K_p[:, :, :c], K_p[:, :, c:]
-        self.p = self.p + self.forward[:, :, :c].mT @ self.d_adjoint_off
-        rows = basis.rows[:, S]
-        self.alpha = self._untried(alpha, basis.dual(rows.mT * self.x_unit[:, None]))
-        self.K = self.K - (rows.mT @ self.tried @ rows) / self.alpha
+        self.K = K_p[:, :, :c]
+        self.p = torch.baddbmm(K_p[:, :, c:], self.forward[:, :, :c].mT, self.d_adjoint_off)
+        tried = basis.rows[:, S] * self.x_unit[..., None]  # to unit length
+        self.alpha = self._untried(alpha, basis.dual(tried.mT))
+        self.K = self.K - bmm(bmm(tried.mT, self.tried), tried) / self.alpha
 
     def _basis(self) -> Basis:
         k, secants = self.k, self.secants
@@ -175,17 +182,17 @@ class Model:
         """Learn how ∇ℓ changes along a step (Δz, Δx): a rank more for the loss's Hessian."""
         k, c, basis, secants = self.k, self.K.shape[1], self.basis, self.secants
         size = torch.hypot(norm(move[0]), norm(move[1]))
-        unit = torch.where((size > 0) & (size < math.inf), 1 / size, 0.0)[:, None]
+        unit = size.reciprocal().nan_to_num(posinf=0.0)[:, None]
         (s_z, s_x), (g_z, g_x) = ((unit * a, unit * b) for a, b in (move, change))
         on_s, *on_d = secants.states_with(g_z, (S, Y, M)).split(k, dim=1)
         of_inputs = secants.inputs_with(g_x)
         on_s = (on_s + of_inputs[:, S])[..., None]
         with_d = torch.cat(on_d, dim=1)[..., None]
-        a = self.loss @ on_s
+        a = bmm(self.loss, on_s)
         own = ((s_z * g_z).sum(dim=1) + (s_x * g_x).sum(dim=1)).double()[:, None, None]
         flat = torch.copysign(self.flat[..., None], own)
-        curvature = torch.where(own == 0, 1.0, own + flat - on_s.mT @ a)
-        row = with_d.mT @ self.forward - a.mT @ self.g_along
+        curvature = torch.where(own == 0, 1.0, own + flat - bmm(on_s.mT, a))
+        row = torch.baddbmm(bmm(with_d.mT, self.forward), a.mT, self.g_along, alpha=-1)
         row[:, 0, c] += (g_z * self.residuals.z).sum(dim=1)
         if basis.products is None:
             row[:, 0, :c] += g_x
@@ -194,7 +201,7 @@ class Model:
             with_g = torch.cat([of_inputs.flatten(1), (g_x * g_x).sum(dim=1, keepdim=True)], dim=1)
             basis.products[:, c - 1] = basis.products[:, :, c - 1] = with_g
             basis.grad[:, c - 1, 0] = -(g_x * self.residuals.x).sum(dim=1)
-        found = row[:, :, :c].mT @ (row / curvature)
+        found = bmm(row[:, :, :c].mT, row / curvature)
         self.K, self.p = self.K + found[:, :, :c], self.p + found[:, :, c:]
         self.probed = Probe((g_z, g_x), a, with_d, row, curvature)
 
@@ -202,19 +209,18 @@ class Model:
         """The least of the quadratic function, with x + Δx in C."""
         K, p, basis, alpha = self.K, self.p, self.basis, self.alpha
         c = K.shape[1]
-        system = alpha * (K if basis.products is None else K @ basis.products)
+        system = alpha * (K if basis.products is None else bmm(K, basis.products))
         _diagonal(system).add_(1.0)
-        rho = p + torch.linalg.solve_ex(system, -alpha * (K @ (basis.grad + basis.dual(p))))[0]
-        w = -alpha * (basis.grad + basis.dual(rho))  # Δx = −α (∇ₓL + Bᵀ rho)
-        dx = (
-            w[..., 0]
-            if basis.products is None
-            else alpha[:, 0] * self.residuals.x + self._inputs(-alpha * rho)
-        )
-        dx = dx.to(x.dtype)
+        grad = basis.grad + basis.dual(p)
+        w = torch.linalg.solve_ex(system.mT, grad)[0] * -alpha  # Δx's products with the basis
+        if basis.products is None:
+            dx = w[..., 0].to(x.dtype)
+        else:
+            dx = self._inputs(torch.baddbmm(p, K, w)) - self.residuals.x
+            dx = (-alpha[:, 0] * dx).to(x.dtype)
         if project is not None:
             dx, w = self._projected(x, project, dx)
-        forward = torch.cat([self.forward[:, :, c:], self.forward[:, :, :c] @ w], dim=2).mT
+        forward = torch.cat([self.forward[:, :, c:], bmm(self.forward[:, :, :c], w)], dim=2).mT
         of_y, of_m = forward.split(self.k, dim=2)
         back, along = self.secants.combine({Y: of_y, M: of_m}).to(x.dtype).unbind(1)
         return Solution(dx, w, self.residuals.z + back, along)
@@ -259,7 +265,7 @@ class Model:
                 else (self.probed.g[1] * dx).sum(dim=1, keepdim=True).double()
             )
             w = torch.cat([w, last], dim=1)[..., None]
-        return dx / self.alpha[:, 0].to(dx.dtype) + self._in_x(self.K @ w), w
+        return dx / self.alpha[:, 0].to(dx.dtype) + self._in_x(bmm(self.K, w)), w
 
     def step(self, found: Solution, share: Tensor) -> Point:
         """(Δz, Δμ, Δx), of which Δx, with what follows, only that share, ``(B, 1)``.
@@ -268,13 +274,13 @@ class Model:
         """
         k = self.k
         w = pad(found.w * share[..., None], (0, 0, 0, 1), value=1.0)
-        sigma_h = self.back @ w
+        sigma_h = bmm(self.back, w)
         rest = self.d_adjoint_off
         if self.probed is not None:
-            along = self.probed.row @ w / self.probed.curvature
+            along = bmm(self.probed.row, w) / self.probed.curvature
             sigma_h[:, k:] -= self.probed.a * along
             rest = rest + self.probed.with_d * along
-        rest = rest + self.sg_d.mT @ sigma_h
+        rest = torch.baddbmm(rest, self.sg_d.mT, sigma_h)
         sigma, h = sigma_h.mT.split(k, dim=2)
         of_s, of_w = (self.T.mT @ torch.linalg.lu_solve(*self.lu, rest, adjoint=True)).mT.split(
             k, dim=2
@@ -303,21 +309,21 @@ class Model:
         shift = torch.copysign(self.flat, diagonal) + LOSS_NONLINEAR * wrong * size
         return torch.where(diagonal == 0, 1.0, shift)
 
-    def _unsure(self, s: Tensor, m: Tensor) -> Tensor:
+    def _unsure(self, m_over_s: Tensor) -> Tensor:
         """What is added to D for C: where adjoints moved more than states, J's errors drown it.
 
         C is in units of μ over those of the state.
         """
         size = self.sweep.sizes.state.double() / norm(self.secants.mu).double()
-        larger = ratio(m, s) * size[:, None]
-        return (ADJOINTS_DROWN * larger**2).nan_to_num(0.0).clamp(max=1e12)
+        larger = m_over_s * size[:, None]
+        return (ADJOINTS_DROWN * larger.square()).nan_to_num(0.0).clamp(max=1e12)
 
     def _untried(self, alpha: Tensor, along: Tensor) -> Tensor:
         """α: one over the largest curvature met along a difference of x, where that is far from it.
 
         The first α knows nothing of the units of x and of the loss.
         """
-        most = ((self.K @ along) * along).sum(dim=1).amax(dim=1)[:, None, None]
+        most = (bmm(self.K, along) * along).sum(dim=1).amax(dim=1)[:, None, None]
         met = alpha * most
         far = ((met > FAR_OFF) | (met < 1 / FAR_OFF)) & (most > 0) & (met < math.inf)
         return torch.where(far, 1 / most, alpha)

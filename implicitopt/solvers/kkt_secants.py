@@ -125,20 +125,18 @@ class KKTSecants:
         row = coefficients.mT.flatten(1)[:, None].to(self.inputs.dtype)
         return torch.bmm(row, self.inputs[:, : coefficients.shape[2]].flatten(1, 2))[:, 0]
 
-    def distances(self) -> Tensor:
+    def distances(self, ss: Tensor, mm: Tensor) -> Tensor:
         """Squared, of the present iterate (z, μ, x) from the middle of each difference, (B, k).
 
-        It is the sum of all later ones and half of it.
+        It is the sum of all later ones and half of it, and so a sum of products of unit
+        differences, ``ss`` and ``mm``, (B, k, k).
         """
-        k = self.filled
-        s, m = self.lengths[:, :, :k].unbind(1)
-        of_s = self.of_states[:, S, :k, S, :k] + self.of_inputs[:, S, :k, S, :k]
-        steps = of_s * (s[:, :, None] * s[:, None])
-        steps += self.of_states[:, M, :k, M, :k] * (m[:, :, None] * m[:, None])
-        age = (self.newest - torch.arange(k, device=steps.device)) % self.states.shape[1]
+        age = (self.newest - torch.arange(self.filled, device=ss.device)) % self.states.shape[1]
         # later[j, i]: how much of difference j lies between the middle of i and the iterate.
-        later = 0.5 * ((age[:, None] < age).double() + (age[:, None] <= age).double())
-        return ((steps @ later) * later).sum(dim=1).clamp_min(0)
+        later = 0.5 + 0.5 * (age - age[:, None]).sign().double()
+        s, m = (self.lengths[:, :, : self.filled, None] * later).unbind(1)
+        squares = torch.bmm(ss, s) * s + torch.bmm(mm, m) * m
+        return squares.sum(dim=1).clamp_min(0)
 
     def forget(self, mask: Tensor) -> None:
         """Leave out all differences of the problems in ``mask``, and their next one."""
