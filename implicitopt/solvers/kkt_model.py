@@ -97,10 +97,12 @@ class Model:
     def __init__(self, secants: KKTSecants, sweep: Sweep, alpha: Tensor) -> None:
         """``alpha``, (B, 1): for x where no curvature has been met."""
         self.secants, self.sweep, self.k = secants, sweep, secants.filled
-        self.residuals = Point.split(sweep.r, sweep.f.shape[1])
+        off, adjoint_off, descent = Point.split(sweep.r, sweep.f.shape[1])
+        self.tau = secants.tau
+        self.residuals = Point(off, adjoint_off, descent / self.tau.to(descent.dtype))
         self.probed: Probe | None = None
         self._fit()
-        self._reduce(alpha.double()[..., None])
+        self._reduce((alpha * self.tau.square())[..., None])
 
     def _fit(self) -> None:
         """J = Dᵀ T V and how z and μ follow x, C, and the loss's Hessian.
@@ -117,7 +119,7 @@ class Model:
         (my, mm), xx = states[:, M, :, Y:].unbind(2), inputs[:, S, :, S]
         self.x_unit = x_unit = _diagonal(xx).rsqrt().nan_to_num(posinf=0.0)
         xx = xx * (x_unit[:, :, None] * x_unit[:, None])
-        wrong = secants.distances(ss, mm) / self.sweep.sizes.whole.double()[:, None].square()
+        wrong = secants.distances(ss, mm) / secants.size[:, None].square()
         ridge = NONLINEAR**2 * wrong + secants.rounding  # D
         shifts = (
             ridge,
@@ -161,8 +163,11 @@ class Model:
         self.K = K_p[:, :, :c]
         self.p = torch.baddbmm(K_p[:, :, c:], self.forward[:, :, :c].mT, self.d_adjoint_off)
         tried = basis.rows[:, S] * self.x_unit[..., None]  # to unit length
-        self.alpha = self._untried(alpha, basis.dual(tried.mT))
-        self.K = self.K - bmm(bmm(tried.mT, self.tried), tried) / self.alpha
+        self.known_x = bmm(bmm(tried.mT, self.tried), tried)
+        self.along_x, self.first_alpha = basis.dual(tried.mT), alpha
+        self.alpha = self._untried()
+        self.bare = self.K
+        self.K = self.K - self.known_x / self.alpha
 
     def _basis(self) -> Basis:
         k, secants = self.k, self.secants
@@ -181,9 +186,10 @@ class Model:
     def probe(self, move: tuple[Tensor, Tensor], change: tuple[Tensor, Tensor]) -> None:
         """Learn how ∇ℓ changes along a step (Δz, Δx): a rank more for the loss's Hessian."""
         k, c, basis, secants = self.k, self.K.shape[1], self.basis, self.secants
-        size = torch.hypot(norm(move[0]), norm(move[1]))
-        unit = size.reciprocal().nan_to_num(posinf=0.0)[:, None]
-        (s_z, s_x), (g_z, g_x) = ((unit * a, unit * b) for a, b in (move, change))
+        tau = self.tau.to(move[1].dtype)
+        (s_z, s_x), (g_z, g_x) = (move[0], move[1] * tau), (change[0], change[1] / tau)
+        unit = torch.hypot(norm(s_z), norm(s_x)).reciprocal().nan_to_num(posinf=0.0)[:, None]
+        s_z, s_x, g_z, g_x = (unit * block for block in (s_z, s_x, g_z, g_x))
         on_s, *on_d = secants.states_with(g_z, (S, Y, M)).split(k, dim=1)
         of_inputs = secants.inputs_with(g_x)
         on_s = (on_s + of_inputs[:, S])[..., None]
@@ -202,7 +208,9 @@ class Model:
             basis.products[:, c - 1] = basis.products[:, :, c - 1] = with_g
             basis.grad[:, c - 1, 0] = -(g_x * self.residuals.x).sum(dim=1)
         found = bmm(row[:, :, :c].mT, row / curvature)
-        self.K, self.p = self.K + found[:, :, :c], self.p + found[:, :, c:]
+        self.K = self.bare + found[:, :, :c]
+        self.alpha = self._untried()
+        self.K, self.p = self.K - self.known_x / self.alpha, self.p + found[:, :, c:]
         self.probed = Probe((g_z, g_x), a, with_d, row, curvature)
 
     def solve(self, x: Tensor, project: Callable[[Tensor], Tensor] | None) -> Solution:
@@ -223,7 +231,7 @@ class Model:
         forward = torch.cat([self.forward[:, :, c:], bmm(self.forward[:, :, :c], w)], dim=2).mT
         of_y, of_m = forward.split(self.k, dim=2)
         back, along = self.secants.combine({Y: of_y, M: of_m}).to(x.dtype).unbind(1)
-        return Solution(dx, w, self.residuals.z + back, along)
+        return Solution(dx / self.tau.to(x.dtype), w, self.residuals.z + back, along)
 
     def _projected(
         self, x: Tensor, project: Callable[[Tensor], Tensor], newton: Tensor
@@ -232,15 +240,19 @@ class Model:
 
         Of Barzilai and Borwein's length, each ending where the quadratic function is least on it.
         """
-        alpha = self.alpha[:, 0].to(x.dtype)
+        alpha, tau = self.alpha[:, 0].to(x.dtype), self.tau.to(x.dtype)
+
+        def within(dx: Tensor) -> Tensor:
+            return (project(x + dx / tau) - x) * tau
+
         grad = -self.residuals.x + self._in_x(self.p)
-        dx = project(x + newton) - x
+        dx = within(newton)
         change, w = self._curved(dx)
         better = ((2 * grad + change) * dx).sum(dim=1, keepdim=True) < 0
         dx, w, change = (torch.where(better, a, 0.0) for a in (dx, w[..., 0], change))
         grad, length = grad + change, alpha
         for _ in range(PROJECTED):
-            move = project(x + dx - length * grad) - x - dx
+            move = within(dx - length * grad) - dx
             change, of_move = self._curved(move)
             square, curved = ((a * move).sum(dim=1, keepdim=True) for a in (move, change))
             # The slope is at least as steep as −‖move‖²/length, which knows no cancellation.
@@ -318,12 +330,13 @@ class Model:
         larger = m_over_s * size[:, None]
         return (ADJOINTS_DROWN * larger.square()).nan_to_num(0.0).clamp(max=1e12)
 
-    def _untried(self, alpha: Tensor, along: Tensor) -> Tensor:
+    def _untried(self) -> Tensor:
         """α: one over the largest curvature met along a difference of x, where that is far from it.
 
         The first α knows nothing of the units of x and of the loss.
         """
-        most = (bmm(self.K, along) * along).sum(dim=1).amax(dim=1)[:, None, None]
+        alpha = self.first_alpha
+        most = (bmm(self.K, self.along_x) * self.along_x).sum(dim=1).amax(dim=1)[:, None, None]
         met = alpha * most
         far = ((met > FAR_OFF) | (met < 1 / FAR_OFF)) & (most > 0) & (met < math.inf)
         return torch.where(far, 1 / most, alpha)

@@ -6,6 +6,9 @@ Each step leaves five differences of states, and three of inputs:
     m = Δμ                     w = Δ(Jᵀμ) ≈ Jᵀ m + C s,             C = μ·∂²f
                                g = Δ∇ℓ ≈ (∂²ℓ) s
 
+Inputs are measured in units, 1/τ, in which ∂f/∂x is about as large, a number, as ∂f/∂z: what
+differences leave open is the smallest there is, which should not depend on the units of x.
+
 They are kept in a ring, s, y and g over the length of s, and m and w over that of m, with all their
 products, which a step updates by its own rows: one pass over the ring. Everything else works on the
 products.
@@ -40,6 +43,8 @@ class KKTSecants:
     with_off: Tensor  # (B, 5, q) float64, of the states with the last f − z
     with_adjoint_off: Tensor  # (B, 5, q) float64, and with the last μ⁺ − μ
     with_grad: Tensor  # (B, 3, q) float64, of the inputs with the last ∇ₓL
+    tau: Tensor  # (B, 1) float64
+    size: Tensor  # (B,) float64, 1 + ‖(z, μ, τ x)‖ of the last iterate
     last: tuple[Tensor, ...] | None = None
     fresh: Tensor | None = None  # (B,) problems just restarted: their next difference is void
     pushed: int = 0
@@ -60,6 +65,8 @@ class KKTSecants:
             with_off=new(rows, 5, memory, dtype=f64),
             with_adjoint_off=new(rows, 5, memory, dtype=f64),
             with_grad=new(rows, 3, memory, dtype=f64),
+            tau=new(rows, 1, dtype=f64) + 1.0,
+            size=new(rows, dtype=f64),
         )
 
     @property
@@ -91,6 +98,9 @@ class KKTSecants:
             point.x, sweep.grad - loss_x, loss_x,
         )  # fmt: skip
         now = tuple(block.to(self.states.dtype) for block in found)
+        if self.pushed == 0:
+            self.tau = _units(now[1], now[6])
+        self.size = torch.hypot(sweep.sizes.whole.double(), self.tau[:, 0] * norm(point.x))
         if self.last is not None:
             self.pushed += 1
             self._keep(self.newest, now, self.last)
@@ -156,14 +166,15 @@ class KKTSecants:
         if some(void):
             states.masked_fill_(void[:, None, None], 0.0)
             inputs.masked_fill_(void[:, None, None], 0.0)
-        s = torch.hypot(norm(states[:, S]), norm(inputs[:, S]))
+        tau = self.tau.to(inputs.dtype)
+        s = torch.hypot(norm(states[:, S]), norm(inputs[:, S]) * tau[:, 0])
         m = norm(states[:, M])
         lengths = torch.stack([s, m, s, s, m], dim=1)
         self.lengths[:, :, at], counts = lengths[:, :2], lengths > 0
         self.counts[:, :, at] = counts
         units = torch.where(counts, lengths.reciprocal(), 0.0)[..., None]
         states.mul_(units)
-        inputs.mul_(units[:, : G + 1])
+        inputs.mul_(units[:, : G + 1] * torch.stack([tau, 1 / tau, 1 / tau], dim=1))
 
     def _multiply(self, at: int, sweep: Sweep) -> None:
         """The products of the newest differences with all, and of all with the residuals."""
@@ -176,9 +187,17 @@ class KKTSecants:
         self.of_states[:, :, at, :, :k] = found[:, :5]
         self.of_states[:, :, :k, :, at] = found[:, :5].permute(0, 2, 3, 1)
         self.with_off[:, :, :k], self.with_adjoint_off[:, :, :k] = found[:, 5], found[:, 6]
-        rows = torch.cat([self.inputs[:, at], descent[:, None].neg()], dim=1)
+        grad = descent / -self.tau.to(descent.dtype)
+        rows = torch.cat([self.inputs[:, at], grad[:, None]], dim=1)
         found = products_with(self.inputs[:, :k].flatten(1, 2), rows)
         found = found.unflatten(2, (k, 3)).mT * counts[:, :, :3]
         self.of_inputs[:, :, at, :, :k] = found[:, :3]
         self.of_inputs[:, :, :k, :, at] = found[:, :3].permute(0, 2, 3, 1)
         self.with_grad[:, :, :k] = found[:, 3]
+
+
+def _units(w_z: Tensor, w_x: Tensor) -> Tensor:
+    """τ, ``(B, 1)``: how large ∂f/∂x is over ∂f/∂z, a number of each, from a product with each."""
+    sizes = (norm(w).double() / w.shape[1] ** 0.5 for w in (w_x, w_z))
+    tau = torch.div(*sizes)
+    return torch.where((tau > 0) & (tau < torch.inf), tau, 1.0)[:, None]
