@@ -33,17 +33,23 @@ class Differences:
             self.points.append(0.5 * (v + self.last[1]))
         self.last = now, v
 
-    def step(self, sweep, alpha, probe, memory):
-        """The step of the module's equations, by dense linear algebra."""
+    def step(self, sweep, alpha, tau, probe, memory):
+        """The step of the module's equations, by dense linear algebra; with it τ Δx for Δx."""
         S, Y, M, W, G = (torch.stack(rows, 1) for rows in zip(*self.rows[-memory:], strict=True))
         here, n = self.last[1], sweep.f.shape[1]
         N, d = S.shape[2], S.shape[2] - n
+        units = torch.cat([torch.ones(len(tau), n, dtype=F64), tau.expand(-1, d)], 1)
+        S, W, G = S * units[:, None], W / units[:, None], G / units[:, None]
+        v_units = torch.cat([units[:, :n], units[:, :n], units[:, n:]], 1)
         middles = torch.stack(self.points[-memory:], 1)
-        wrong = ((here[:, None] - middles).norm(dim=2) / sweep.sizes.whole[:, None]) ** 2
+        size, state = (
+            1 + (v * u).norm(dim=1) for v, u in ((here, v_units), (self.last[0][0], units))
+        )
+        wrong = (((here[:, None] - middles) * v_units[:, None]).norm(dim=2) / size[:, None]) ** 2
         ridge = kkt_model.NONLINEAR**2 * wrong + 1e-10
         s, m = S.norm(dim=2, keepdim=True), M.norm(dim=2, keepdim=True)
         S, Y, G, M, W = S / s, Y / s, G / s, M / m, W / m
-        ratio = (m / s)[..., 0] * (sweep.sizes.state / self.last[0][2].norm(dim=1))[:, None]
+        ratio = (m / s)[..., 0] * (state / self.last[0][2].norm(dim=1))[:, None]
         P, P_c = (
             torch.linalg.solve(S @ S.mT + torch.diag_embed(D), S)
             for D in (ridge, ridge + kkt_model.ADJOINTS_DROWN * ratio**2)
@@ -59,12 +65,17 @@ class Differences:
         flat = kkt_model.FLAT * diagonal.abs().amax(1, keepdim=True)
         shift = torch.copysign(flat, diagonal) + kkt_model.LOSS_NONLINEAR * wrong * diagonal.abs()
         T = T + torch.diag_embed(shift)
+        # The probe: all secants of the loss together.
+        X = S[:, :, n:]
+        S, G = (torch.cat([a, b[:, None]], 1) for a, b in zip((S, G), probe, strict=True))
+        T = torch.nn.functional.pad(T, (0, 1, 0, 1))
+        T[:, -1] = T[:, :, -1] = (S @ G[:, -1:].mT)[..., 0]
+        T[:, -1, -1] += torch.copysign(flat[:, 0], T[:, -1, -1])
         H = C + G.mT @ torch.linalg.solve(T, G)
         K = torch.zeros(len(J), N + n, N + n, dtype=F64)
         K[:, N:, :N] = J
         K[:, N:, :n] -= torch.eye(n, dtype=F64)
         K[:, :N, :N], K[:, :N, N:] = H, K[:, N:, :N].mT
-        X = S[:, :, n:]
         lengths = X.norm(dim=2, keepdim=True)
         X = torch.where(lengths > 0, X / lengths, 0.0)
         # Along the differences of x, with states and adjoints following.
@@ -79,13 +90,8 @@ class Differences:
         alpha = torch.where(far, 1 / most, alpha)
         tried = X.mT @ torch.linalg.solve(X @ X.mT + torch.diag_embed(kkt_model.TRIED + ridge), X)
         K[:, n:N, n:N] += (torch.eye(d, dtype=F64) - tried) / alpha[..., None]
-        # The probe: all secants of the loss together.
-        S, G = (torch.cat([a, b[:, None]], 1) for a, b in zip((S, G), probe, strict=True))
-        both = torch.nn.functional.pad(T, (0, 1, 0, 1))
-        both[:, -1] = both[:, :, -1] = (S @ G[:, -1:].mT)[..., 0]
-        both[:, -1, -1] += torch.copysign(flat[:, 0], both[:, -1, -1])
-        K[:, :N, :N] += G.mT @ torch.linalg.solve(both, G) - (H - C)
-        right = -torch.cat([sweep.r[:, n : 2 * n], -sweep.r[:, 2 * n :], sweep.r[:, :n]], 1)
+        grad = -sweep.r[:, 2 * n :] / tau
+        right = -torch.cat([sweep.r[:, n : 2 * n], grad, sweep.r[:, :n]], 1)
         found = torch.linalg.solve(K, right[..., None])[..., 0]
         return Point(found[:, :n], found[:, N:], found[:, n:N])
 
@@ -111,7 +117,7 @@ def test_the_step_is_that_of_dense_matrices(d, monkeypatch):
     def stepped(self, found, share):
         if self.k >= 3:
             whole = step(self, found, torch.ones_like(share))
-            known = dense.step(self.sweep, alphas[-1], calls[-1], memory=6)
+            known = dense.step(self.sweep, alphas[-1], self.tau, calls[-1], memory=6)
             compared.append(worst(whole, known))
         return step(self, found, share)
 

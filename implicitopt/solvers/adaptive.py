@@ -52,7 +52,7 @@ class Adaptive:
     [True, True]
     """
 
-    joint: Joint | SQP = field(default_factory=SQP)
+    joint: Joint | SQP = field(default_factory=Joint)
     one_shot: OneShot = field(default_factory=OneShot)
     patience: int = 32
 

@@ -102,7 +102,7 @@ class Model:
         self.residuals = Point(off, adjoint_off, descent / self.tau.to(descent.dtype))
         self.probed: Probe | None = None
         self._fit()
-        self._reduce((alpha * self.tau.square())[..., None])
+        self._reduce(alpha.double()[..., None])
 
     def _fit(self) -> None:
         """J = Dᵀ T V and how z and μ follow x, C, and the loss's Hessian.
@@ -164,7 +164,7 @@ class Model:
         self.p = torch.baddbmm(K_p[:, :, c:], self.forward[:, :, :c].mT, self.d_adjoint_off)
         tried = basis.rows[:, S] * self.x_unit[..., None]  # to unit length
         self.known_x = bmm(bmm(tried.mT, self.tried), tried)
-        self.along_x, self.first_alpha = basis.dual(tried.mT), alpha
+        self.tried_x, self.first_alpha = tried.mT, alpha
         self.alpha = self._untried()
         self.bare = self.K
         self.K = self.K - self.known_x / self.alpha
@@ -186,8 +186,7 @@ class Model:
     def probe(self, move: tuple[Tensor, Tensor], change: tuple[Tensor, Tensor]) -> None:
         """Learn how ∇ℓ changes along a step (Δz, Δx): a rank more for the loss's Hessian."""
         k, c, basis, secants = self.k, self.K.shape[1], self.basis, self.secants
-        tau = self.tau.to(move[1].dtype)
-        (s_z, s_x), (g_z, g_x) = (move[0], move[1] * tau), (change[0], change[1] / tau)
+        (s_z, s_x), (g_z, g_x) = move, change
         unit = torch.hypot(norm(s_z), norm(s_x)).reciprocal().nan_to_num(posinf=0.0)[:, None]
         s_z, s_x, g_z, g_x = (unit * block for block in (s_z, s_x, g_z, g_x))
         on_s, *on_d = secants.states_with(g_z, (S, Y, M)).split(k, dim=1)
@@ -231,7 +230,7 @@ class Model:
         forward = torch.cat([self.forward[:, :, c:], bmm(self.forward[:, :, :c], w)], dim=2).mT
         of_y, of_m = forward.split(self.k, dim=2)
         back, along = self.secants.combine({Y: of_y, M: of_m}).to(x.dtype).unbind(1)
-        return Solution(dx / self.tau.to(x.dtype), w, self.residuals.z + back, along)
+        return Solution(dx, w, self.residuals.z + back, along)
 
     def _projected(
         self, x: Tensor, project: Callable[[Tensor], Tensor], newton: Tensor
@@ -326,8 +325,7 @@ class Model:
 
         C is in units of μ over those of the state.
         """
-        size = self.sweep.sizes.state.double() / norm(self.secants.mu).double()
-        larger = m_over_s * size[:, None]
+        larger = m_over_s * self.secants.ratio[:, None]
         return (ADJOINTS_DROWN * larger.square()).nan_to_num(0.0).clamp(max=1e12)
 
     def _untried(self) -> Tensor:
@@ -336,7 +334,8 @@ class Model:
         The first α knows nothing of the units of x and of the loss.
         """
         alpha = self.first_alpha
-        most = (bmm(self.K, self.along_x) * self.along_x).sum(dim=1).amax(dim=1)[:, None, None]
+        along = self.basis.dual(self.tried_x)
+        most = (bmm(self.K, along) * along).sum(dim=1).amax(dim=1)[:, None, None]
         met = alpha * most
         far = ((met > FAR_OFF) | (met < 1 / FAR_OFF)) & (most > 0) & (met < math.inf)
         return torch.where(far, 1 / most, alpha)

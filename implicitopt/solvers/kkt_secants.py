@@ -45,6 +45,7 @@ class KKTSecants:
     with_grad: Tensor  # (B, 3, q) float64, of the inputs with the last ∇ₓL
     tau: Tensor  # (B, 1) float64
     size: Tensor  # (B,) float64, 1 + ‖(z, μ, τ x)‖ of the last iterate
+    ratio: Tensor  # (B,) float64, (1 + ‖(z, τ x)‖) / ‖μ‖ of it
     last: tuple[Tensor, ...] | None = None
     fresh: Tensor | None = None  # (B,) problems just restarted: their next difference is void
     pushed: int = 0
@@ -67,6 +68,7 @@ class KKTSecants:
             with_grad=new(rows, 3, memory, dtype=f64),
             tau=new(rows, 1, dtype=f64) + 1.0,
             size=new(rows, dtype=f64),
+            ratio=new(rows, dtype=f64),
         )
 
     @property
@@ -100,7 +102,9 @@ class KKTSecants:
         now = tuple(block.to(self.states.dtype) for block in found)
         if self.pushed == 0:
             self.tau = _units(now[1], now[6])
-        self.size = torch.hypot(sweep.sizes.whole.double(), self.tau[:, 0] * norm(point.x))
+        z, mu, x = (norm(block).double() for block in point)
+        primal = torch.hypot(z, self.tau[:, 0] * x)
+        self.size, self.ratio = 1 + torch.hypot(primal, mu), (1 + primal) / mu
         if self.last is not None:
             self.pushed += 1
             self._keep(self.newest, now, self.last)
@@ -197,7 +201,11 @@ class KKTSecants:
 
 
 def _units(w_z: Tensor, w_x: Tensor) -> Tensor:
-    """τ, ``(B, 1)``: how large ∂f/∂x is over ∂f/∂z, a number of each, from a product with each."""
-    sizes = (norm(w).double() / w.shape[1] ** 0.5 for w in (w_x, w_z))
+    """τ, ``(B, 1)``, from a product with each of ∂f/∂z and ∂f/∂x; 1 where it says nothing.
+
+    With the root in the place of this fourth root, a number of both would be as large; with no root
+    the products would.
+    """
+    sizes = (norm(w).double() / w.shape[1] ** 0.25 for w in (w_x, w_z))
     tau = torch.div(*sizes)
     return torch.where((tau > 0) & (tau < torch.inf), tau, 1.0)[:, None]

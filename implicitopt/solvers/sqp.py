@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -12,16 +14,17 @@ from implicitopt.accelerators.anderson import window
 from implicitopt.kkt import KKT, Point, Sweep, norm
 from implicitopt.options import check_option
 from implicitopt.rows import take
-from implicitopt.solvers.joint import REACH, SHARE_OF_PLAIN
+from implicitopt.solvers.joint import SHARE_OF_PLAIN
 from implicitopt.solvers.kkt_model import Model, Solution
 from implicitopt.solvers.kkt_secants import KKTSecants
-from implicitopt.solvers.secants import clip
 from implicitopt.solvers.step_size import WARMUP, StepSize
 
 __all__ = ["SQP"]
 
 #: How many differences are kept where nobody says: at least and at most.
 LEAST, MOST = 20, 30
+#: How far a step may go, as a share of 1 + ‖(z, μ, τ x)‖.
+REACH = 0.35
 #: The share of the reach that is x's, with what follows of it, however far states are off.
 TANGENTIAL = 0.5
 #: A step that raises the KKT residual more than so many times halves what x may move, down to this
@@ -42,10 +45,11 @@ class SQP:
     Args:
         memory: differences to keep, of five states and three inputs each. None: 30, fewer where z,
             μ and x are more than two thousand numbers, at least 20.
-        reach: a step may be this share of 1 + ‖(z, μ, x)‖ long, or half the plain step where that
-            is longer; a longer one is cut.
+        reach: a step may be this share of 1 + ‖(z, μ, τ x)‖ long, or half the plain step where
+            that is longer; a longer one is cut.
 
-    Of the reach, what takes the state back to its equilibrium comes first; x, with what follows of
+    In these lengths, and wherever else x and z are compared, x is measured in units 1/τ in which
+    ∂f/∂x is about as large as ∂f/∂z, so that it does not matter in which it comes. Of the reach, what takes the state back to its equilibrium comes first; x, with what follows of
     it, has the rest, at least half, and half of that after each step that raised the KKT residual
     by half or more, until one does not. With a constraint the model is minimized over C.
 
@@ -83,42 +87,50 @@ class SQP:
         return start, SQPState.empty(start, memory)
 
     def step(self, kkt: KKT, point: Point, sweep: Sweep, state: SQPState) -> tuple[Point, SQPState]:
+        state.secants.push(point, sweep)
+        tau = state.secants.tau.to(point.x.dtype)
         warming = state.count < WARMUP
         state.count += 1
-        state.secants.push(point, sweep)
         if warming:
-            state.size.fit(point, sweep)
-        plain = sweep.r.clone()
-        descent = Point.split(plain, point.z.shape[1]).x
-        descent.mul_(state.size.alpha)
-        if kkt.project is not None:
-            descent.copy_(kkt.constrain(point.x + descent) - point.x)
-        if warming:
-            move = Point.split(plain, point.z.shape[1])
-        else:
+            scaled = point._replace(x=tau * point.x), sweep._replace(grad=sweep.grad / tau)
+            state.size.fit(*scaled)
+        plain = self._plain(kkt, point, sweep, state)
+        if not warming:
             state.look(sweep)
-            move = self._newton(kkt, point, sweep, state, plain)
-        moved = Point(*(a + b for a, b in zip(point, move, strict=True)))
+        move = plain if warming else self._newton(kkt, point, sweep, state, plain)
+        moved = Point(point.z + move.z, point.mu + move.mu, point.x + move.x / tau)
         if kkt.project is not None:  # by rounding, and where C is not convex
             moved = moved._replace(x=kkt.constrain(moved.x))
         return moved, state
 
-    def _newton(
-        self, kkt: KKT, point: Point, sweep: Sweep, state: SQPState, plain: Tensor
-    ) -> Point:
+    def _plain(self, kkt: KKT, point: Point, sweep: Sweep, state: SQPState) -> Point:
+        """(f − z, μ⁺ − μ, τ Δx), Δx down ∇ₓL; none in x at first, where τ cannot be known yet."""
+        tau = state.secants.tau.to(point.x.dtype)
+        off, adjoint_off, descent = Point.split(sweep.r, point.z.shape[1])
+        down = state.size.alpha / tau * descent
+        if state.count == 1:
+            down = torch.where(state.size.cold[:, None], 0.0, down)
+        if kkt.project is not None:
+            down = tau * (kkt.constrain(point.x + down / tau) - point.x)
+        return Point(off, adjoint_off, down)
+
+    def _newton(self, kkt: KKT, point: Point, sweep: Sweep, state: SQPState, plain: Point) -> Point:
         """The model's step, cut per problem where it is too long; the plain one where none is."""
-        longest = torch.maximum(self.reach * sweep.sizes.whole, SHARE_OF_PLAIN * norm(plain))
-        model = Model(state.secants, sweep, state.size.alpha)
+        secants = state.secants
+        tau = secants.tau.to(point.x.dtype)
+        longest = torch.maximum(self.reach * secants.size, SHARE_OF_PLAIN * _norm(*plain))
+        model = Model(secants, sweep, state.size.alpha)
         found = model.solve(point.x, kkt.project)
         here, share = sweep.loss_grad, state.share(found, longest)
         assert here is not None
-        move = _clipped((found.back + share * found.along, share * found.dx), longest)
-        there = kkt.loss_gradient(point.z + move[0], point.x + move[1])
-        model.probe(move, (there[0] - here[0], there[1] - here[1]))
+        s_z, s_x = _cut((found.back + share * found.along, share * found.dx), longest)
+        there = kkt.loss_gradient(point.z + s_z, point.x + s_x / tau)
+        model.probe((s_z, s_x), (there[0] - here[0], (there[1] - here[1]) / tau))
         found = model.solve(point.x, kkt.project)
-        v = model.step(found, state.share(found, longest)).joined()
-        v = torch.where((norm(v) < math.inf)[:, None], v, plain)
-        return Point.split(clip(v, longest), point.z.shape[1])
+        step = model.step(found, state.share(found, longest))
+        sound = (_norm(*step) < math.inf)[:, None]
+        step = Point(*(torch.where(sound, a, b) for a, b in zip(step, plain, strict=True)))
+        return Point(*_cut(step, longest))
 
     def restart(self, state: SQPState, mask: Tensor) -> SQPState:
         """Start over, for the problems in ``mask``, with a quarter of the step size."""
@@ -131,13 +143,17 @@ class SQP:
         return take(state, rows)
 
 
-def _clipped(move: tuple[Tensor, Tensor], longest: Tensor) -> tuple[Tensor, Tensor]:
-    """A step (Δz, Δx), cut per problem where it is too long; none where it is not finite."""
-    length = torch.hypot(*map(norm, move))
+def _norm(*blocks: Tensor) -> Tensor:
+    """Of the blocks side by side, ``(B,)``."""
+    return cast(Tensor, torch.linalg.vector_norm(torch.stack([*map(norm, blocks)]), dim=0))
+
+
+def _cut(step: Sequence[Tensor], longest: Tensor) -> list[Tensor]:
+    """A step's blocks, cut per problem where it is too long; none where it is not finite."""
+    length = _norm(*step)
     share = torch.where(length > longest, longest / length, 1.0)
-    share = torch.where(length < math.inf, share, 0.0)[:, None].to(move[0].dtype)
-    z, x = (torch.where(share > 0, share * block, 0.0) for block in move)
-    return z, x
+    share = torch.where(length < math.inf, share, 0.0)[:, None].to(step[0].dtype)
+    return [torch.where(share > 0, share * block, 0.0) for block in step]
 
 
 @dataclass
@@ -168,5 +184,5 @@ class SQPState:
         far as the model is trusted.
         """
         left = self.trust * torch.maximum(longest - norm(found.back), TANGENTIAL * longest)
-        length = torch.hypot(norm(found.along), norm(found.dx))
+        length = _norm(found.along, found.dx)
         return torch.where(length > left, left / length, 1.0)[:, None].to(found.dx.dtype)
