@@ -24,12 +24,9 @@ __all__ = ["SQP"]
 #: How many differences are kept where nobody says: at least and at most.
 LEAST, MOST = 20, 30
 #: How far a step may go, as a share of 1 + ‖(z, μ, τ x)‖.
-REACH = 0.35
+REACH = 0.5
 #: The share of the reach that is x's, with what follows of it, however far states are off.
 TANGENTIAL = 0.5
-#: A step that raises the KKT residual more than so many times halves what x may move, down to this
-#: share.
-RISE, LEAST_TRUST = 1.5, 1e-3
 
 
 @dataclass(frozen=True)
@@ -49,9 +46,9 @@ class SQP:
             that is longer; a longer one is cut.
 
     In these lengths, and wherever else x and z are compared, x is measured in units 1/τ in which
-    ∂f/∂x is about as large as ∂f/∂z, so that it does not matter in which it comes. Of the reach, what takes the state back to its equilibrium comes first; x, with what follows of
-    it, has the rest, at least half, and half of that after each step that raised the KKT residual
-    by half or more, until one does not. With a constraint the model is minimized over C.
+    ∂f/∂x is about as large as ∂f/∂z, so that it does not matter in which it comes. Of the longest
+    step, what takes the state back to its equilibrium comes first, and x, with what follows of it,
+    has the rest, at least half. With a constraint the model is minimized over C.
 
     Raises:
         TypeError, ValueError: an option is not as above.
@@ -84,7 +81,7 @@ class SQP:
     def init(self, kkt: KKT, start: Point) -> tuple[Point, SQPState]:
         kkt.apart = True
         memory = self.memory or window(sum(block.shape[1] for block in start), LEAST, MOST)
-        return start, SQPState.empty(start, memory)
+        return start, SQPState(StepSize.at(start), KKTSecants.empty(start, memory))
 
     def step(self, kkt: KKT, point: Point, sweep: Sweep, state: SQPState) -> tuple[Point, SQPState]:
         state.secants.push(point, sweep)
@@ -95,8 +92,6 @@ class SQP:
             scaled = point._replace(x=tau * point.x), sweep._replace(grad=sweep.grad / tau)
             state.size.fit(*scaled)
         plain = self._plain(kkt, point, sweep, state)
-        if not warming:
-            state.look(sweep)
         move = plain if warming else self._newton(kkt, point, sweep, state, plain)
         moved = Point(point.z + move.z, point.mu + move.mu, point.x + move.x / tau)
         if kkt.project is not None:  # by rounding, and where C is not convex
@@ -121,13 +116,13 @@ class SQP:
         longest = torch.maximum(self.reach * secants.size, SHARE_OF_PLAIN * _norm(*plain))
         model = Model(secants, sweep, state.size.alpha)
         found = model.solve(point.x, kkt.project)
-        here, share = sweep.loss_grad, state.share(found, longest)
+        here, share = sweep.loss_grad, _share(found, longest)
         assert here is not None
         s_z, s_x = _cut((found.back + share * found.along, share * found.dx), longest)
         there = kkt.loss_gradient(point.z + s_z, point.x + s_x / tau)
         model.probe((s_z, s_x), (there[0] - here[0], (there[1] - here[1]) / tau))
         found = model.solve(point.x, kkt.project)
-        step = model.step(found, state.share(found, longest))
+        step = model.step(found, _share(found, longest))
         sound = (_norm(*step) < math.inf)[:, None]
         step = Point(*(torch.where(sound, a, b) for a, b in zip(step, plain, strict=True)))
         return Point(*_cut(step, longest))
@@ -141,6 +136,16 @@ class SQP:
     def take(self, state: SQPState, rows: Tensor) -> SQPState:
         """The state of the problems ``rows`` alone."""
         return take(state, rows)
+
+
+def _share(found: Solution, longest: Tensor) -> Tensor:
+    """How much of the step in x may be made, ``(B, 1)``.
+
+    What the states' way back to their equilibrium leaves of the longest step, at least half of it.
+    """
+    left = torch.maximum(longest - norm(found.back), TANGENTIAL * longest)
+    length = _norm(found.along, found.dx)
+    return torch.where(length > left, left / length, 1.0)[:, None].to(found.dx.dtype)
 
 
 def _norm(*blocks: Tensor) -> Tensor:
@@ -158,31 +163,8 @@ def _cut(step: Sequence[Tensor], longest: Tensor) -> list[Tensor]:
 
 @dataclass
 class SQPState:
-    """The step size in x, the differences, and how far the model is trusted."""
+    """The step size in x, the differences, and the steps made."""
 
     size: StepSize
     secants: KKTSecants
-    trust: Tensor  # (B,) share of the reach that x may use
-    residual: Tensor  # (B,) the last KKT residual
-    count: int = 0  # steps made
-
-    @classmethod
-    def empty(cls, start: Point, memory: int) -> SQPState:
-        one = torch.ones_like(norm(start.x))
-        return cls(StepSize.at(start), KKTSecants.empty(start, memory), one, math.inf * one)
-
-    def look(self, sweep: Sweep) -> None:
-        """Halve the trust where the last step raised the residual notably, else double it."""
-        kept = sweep.total <= RISE * self.residual
-        self.trust = torch.where(kept, 2 * self.trust, 0.5 * self.trust).clamp(LEAST_TRUST, 1.0)
-        self.residual = sweep.total
-
-    def share(self, found: Solution, longest: Tensor) -> Tensor:
-        """How much of the step in x may be made, ``(B, 1)``.
-
-        What the states' way back to their equilibrium leaves of the reach, at least half of it, as
-        far as the model is trusted.
-        """
-        left = self.trust * torch.maximum(longest - norm(found.back), TANGENTIAL * longest)
-        length = _norm(found.along, found.dx)
-        return torch.where(length > left, left / length, 1.0)[:, None].to(found.dx.dtype)
+    count: int = 0
