@@ -7,10 +7,11 @@ import torch
 from families import F64, LinearQuadratic, worst
 
 import implicitopt
+from benchmarks.attacks import classifier
 from benchmarks.families import linear_quadratic, tanh
 from benchmarks.sweeps import count
 from benchmarks.units import in_units
-from implicitopt import SQP, Adaptive, Implicit, Joint, OneShot
+from implicitopt import SQP, Adaptive, Implicit, Joint, LinfBall, OneShot, solve
 from implicitopt.kkt import Point
 from implicitopt.solvers import kkt_model
 from implicitopt.solvers.kkt_model import Model
@@ -145,11 +146,33 @@ def test_it_takes_fewer_sweeps_than_the_joint_iteration(problem, share):
     assert mine.median() <= share * joint.median()
 
 
-@pytest.mark.parametrize(("of_x", "of_loss"), [(1e-2, 1.0), (1.0, 1e-3), (1.0, 1e3), (1e-2, 1e-3)])
-def test_units_hardly_matter(of_x, of_loss):
-    sweeps = count(in_units(tanh(), of_x, of_loss), SQP())
+@pytest.mark.parametrize("of_x", [1e-2, 1e2])
+@pytest.mark.parametrize("problem", [tanh(), linear_quadratic(40, 12, 0.9)], ids=["tanh", "linear"])
+def test_units_of_x_hardly_matter(problem, of_x):
+    # In units of 10 no linear problem was solved while x was taken as it comes.
+    ours, theirs = (
+        torch.tensor([math.inf if n is None else n for n in count(each, SQP())])
+        for each in (problem, in_units(problem, of_x, 1.0))
+    )
+    assert (theirs <= 1.25 * ours + 5).all()
+
+
+@pytest.mark.parametrize("of_loss", [1e-3, 1e3])
+def test_units_of_the_loss_hardly_matter(of_loss):
+    sweeps = count(in_units(tanh(), 1.0, of_loss), SQP())
     assert None not in sweeps
     assert sum(sweeps) / len(sweeps) <= 60
+
+
+def test_attacks_within_bounds_take_half_of_the_defaults_sweeps():
+    f, loss, x, z = classifier(0)
+    options = {"project": LinfBall(0.05, center=x), "maximize": True, "tol": 1e-4, "max_steps": 200}
+    mine, other = (solve(f, loss, x, z, solver=each, **options) for each in (SQP(), Adaptive()))
+    assert mine.converged.all()
+    assert other.converged.all()
+    assert mine.steps.median() <= 0.5 * other.steps.median()
+    assert ((mine.x - x).abs() <= 0.05 + 1e-12).all()
+    assert mine.value.mean() >= other.value.mean() - 1e-2
 
 
 def test_a_linear_problem_is_solved_to_rounding():
