@@ -160,14 +160,11 @@ class Model:
         self.back = torch.cat([bmm(self.curvature, s), bmm(self.loss, g)], dim=1)
         K_p = bmm(along[:, :, :c].mT, self.back)
         self.d_adjoint_off = secants.with_adjoint_off[:, Y:, :k].flatten(1)[..., None]
-        self.K = K_p[:, :, :c]
-        self.p = torch.baddbmm(K_p[:, :, c:], self.forward[:, :, :c].mT, self.d_adjoint_off)
+        p = torch.baddbmm(K_p[:, :, c:], self.forward[:, :, :c].mT, self.d_adjoint_off)
         tried = basis.rows[:, S] * self.x_unit[..., None]  # to unit length
         self.known_x = bmm(bmm(tried.mT, self.tried), tried)
         self.tried_x, self.first_alpha = tried.mT, alpha
-        self.alpha = self._untried()
-        self.bare = self.K
-        self.K = self.K - self.known_x / self.alpha
+        self._set(K_p[:, :, :c], p)
 
     def _basis(self) -> Basis:
         k, secants = self.k, self.secants
@@ -207,9 +204,7 @@ class Model:
             basis.products[:, c - 1] = basis.products[:, :, c - 1] = with_g
             basis.grad[:, c - 1, 0] = -(g_x * self.residuals.x).sum(dim=1)
         found = bmm(row[:, :, :c].mT, row / curvature)
-        self.K = self.bare + found[:, :, :c]
-        self.alpha = self._untried()
-        self.K, self.p = self.K - self.known_x / self.alpha, self.p + found[:, :, c:]
+        self._set(self.met + found[:, :, :c], self.p + found[:, :, c:])
         self.probed = Probe((g_z, g_x), a, with_d, row, curvature)
 
     def solve(self, x: Tensor, project: Callable[[Tensor], Tensor] | None) -> Solution:
@@ -328,16 +323,21 @@ class Model:
         larger = m_over_s * self.secants.ratio[:, None]
         return (ADJOINTS_DROWN * larger.square()).nan_to_num(0.0).clamp(max=1e12)
 
-    def _untried(self) -> Tensor:
+    def _set(self, met: Tensor, p: Tensor) -> None:
+        """Take in p and the curvature met, ``(B, c, c)``; where x has not been tried it is 1/α."""
+        self.met, self.p, self.alpha = met, p, self._untried(met)
+        self.K = met - self.known_x / self.alpha
+
+    def _untried(self, met: Tensor) -> Tensor:
         """α: one over the largest curvature met along a difference of x, where that is far from it.
 
         The first α knows nothing of the units of x and of the loss.
         """
         alpha = self.first_alpha
         along = self.basis.dual(self.tried_x)
-        most = (bmm(self.K, along) * along).sum(dim=1).amax(dim=1)[:, None, None]
-        met = alpha * most
-        far = ((met > FAR_OFF) | (met < 1 / FAR_OFF)) & (most > 0) & (met < math.inf)
+        most = (bmm(met, along) * along).sum(dim=1).amax(dim=1)[:, None, None]
+        share = alpha * most
+        far = ((share > FAR_OFF) | (share < 1 / FAR_OFF)) & (most > 0) & (share < math.inf)
         return torch.where(far, 1 / most, alpha)
 
 
