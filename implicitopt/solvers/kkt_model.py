@@ -82,7 +82,7 @@ class Probe(NamedTuple):
     curvature: Tensor  #: (B, 1, 1) ⟨g − Gᵀ a, s⟩ of the step it was found along
 
 
-class Solution(NamedTuple):
+class Move(NamedTuple):
     """A step in x, and what follows of it."""
 
     dx: Tensor  #: (B, d)
@@ -207,7 +207,7 @@ class Model:
         self._set(self.met + found[:, :, :c], self.p + found[:, :, c:])
         self.probed = Probe((g_z, g_x), a, with_d, row, curvature)
 
-    def solve(self, x: Tensor, project: Callable[[Tensor], Tensor] | None) -> Solution:
+    def solve(self, x: Tensor, project: Callable[[Tensor], Tensor] | None) -> Move:
         """The least of the quadratic function, with x + Δx in C."""
         K, p, basis, alpha = self.K, self.p, self.basis, self.alpha
         c = K.shape[1]
@@ -225,7 +225,7 @@ class Model:
         forward = torch.cat([self.forward[:, :, c:], bmm(self.forward[:, :, :c], w)], dim=2).mT
         of_y, of_m = forward.split(self.k, dim=2)
         back, along = self.secants.combine({Y: of_y, M: of_m}).to(x.dtype).unbind(1)
-        return Solution(dx, w, self.residuals.z + back, along)
+        return Move(dx, w, self.residuals.z + back, along)
 
     def _projected(
         self, x: Tensor, project: Callable[[Tensor], Tensor], newton: Tensor
@@ -273,7 +273,7 @@ class Model:
             w = torch.cat([w, last], dim=1)[..., None]
         return dx / self.alpha[:, 0].to(dx.dtype) + self._in_x(bmm(self.K, w)), w
 
-    def step(self, found: Solution, share: Tensor) -> Point:
+    def step(self, found: Move, share: Tensor) -> Point:
         """(Δz, Δμ, Δx), of which Δx, with what follows, only that share, ``(B, 1)``.
 
         Δμ = μ⁺ − μ + Vᵀ backward + Sᵀ sigma + Gᵀ h, over states.

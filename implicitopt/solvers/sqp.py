@@ -15,7 +15,7 @@ from implicitopt.kkt import KKT, Point, Sweep, norm
 from implicitopt.options import check_option
 from implicitopt.rows import take
 from implicitopt.solvers.joint import SHARE_OF_PLAIN
-from implicitopt.solvers.kkt_model import Model, Solution
+from implicitopt.solvers.kkt_model import Model, Move
 from implicitopt.solvers.kkt_secants import KKTSecants
 from implicitopt.solvers.step_size import WARMUP, StepSize
 
@@ -138,7 +138,7 @@ class SQP:
         return take(state, rows)
 
 
-def _share(found: Solution, longest: Tensor) -> Tensor:
+def _share(found: Move, longest: Tensor) -> Tensor:
     """How much of the step in x may be made, ``(B, 1)``.
 
     What the states' way back to their equilibrium leaves of the longest step, at least half of it.
