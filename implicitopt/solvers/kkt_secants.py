@@ -100,8 +100,8 @@ class KKTSecants:
             point.x, sweep.grad - loss_x, loss_x,
         )  # fmt: skip
         now = tuple(block.to(self.states.dtype) for block in found)
-        if self.pushed == 0:
-            self.tau = _units(now[1], now[6])
+        if self.pushed == 0 and self.last is not None:
+            self.tau = _units(now[1] - self.last[1], now[6] - self.last[6])
         z, mu, x = (norm(block).double() for block in point)
         primal = torch.hypot(z, self.tau[:, 0] * x)
         self.size, self.ratio = 1 + torch.hypot(primal, mu), (1 + primal) / mu
@@ -201,7 +201,10 @@ class KKTSecants:
 
 
 def _units(w_z: Tensor, w_x: Tensor) -> Tensor:
-    """τ, ``(B, 1)``, from a product with each of ∂f/∂z and ∂f/∂x; 1 where it says nothing.
+    """τ, ``(B, 1)``, from a w; 1 where it says nothing.
+
+    A difference and not Jᵀμ, since where an earlier solve ended (∂f/∂x)ᵀ μ is −∂ℓ/∂x, however
+    large ∂f/∂x.
 
     With the root in the place of this fourth root, a number of both would be as large; with no root
     the products would.
