@@ -28,7 +28,7 @@ class Differences:
         g = torch.cat(sweep.loss_grad, 1)
         joint = torch.cat([sweep.mu, sweep.grad], 1)
         now = (torch.cat([point.z, point.x], 1), sweep.f, point.mu, joint - g, g)
-        v = torch.cat(point, 1)
+        v, self.sweep = torch.cat(point, 1), sweep
         if self.last is not None:
             self.rows.append(tuple(a - b for a, b in zip(now, self.last[0], strict=True)))
             self.points.append(0.5 * (v + self.last[1]))
@@ -118,7 +118,7 @@ def test_the_step_is_that_of_dense_matrices(d, monkeypatch):
     def stepped(self, found, share):
         if self.k >= 3:
             whole = step(self, found, torch.ones_like(share))
-            known = dense.step(self.sweep, alphas[-1], self.tau, calls[-1], memory=6)
+            known = dense.step(dense.sweep, alphas[-1], self.tau, calls[-1], memory=6)
             compared.append(worst(whole, known))
         return step(self, found, share)
 

@@ -96,7 +96,7 @@ class Model:
 
     def __init__(self, secants: KKTSecants, sweep: Sweep, alpha: Tensor) -> None:
         """``alpha``, (B, 1): for x where no curvature has been met."""
-        self.secants, self.sweep, self.k = secants, sweep, secants.filled
+        self.secants, self.k = secants, secants.filled
         off, adjoint_off, descent = Point.split(sweep.r, sweep.f.shape[1])
         self.tau = secants.tau
         self.residuals = Point(off, adjoint_off, descent / self.tau.to(descent.dtype))

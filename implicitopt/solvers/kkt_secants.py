@@ -81,12 +81,6 @@ class KKTSecants:
         return (self.pushed - 1) % self.states.shape[1]
 
     @property
-    def mu(self) -> Tensor:
-        """The last μ taken in."""
-        assert self.last is not None
-        return self.last[M]
-
-    @property
     def rounding(self) -> float:
         """What the products may be off by."""
         return 1e-10 if self.states.dtype == torch.float64 else 1e-6
