@@ -204,6 +204,19 @@ def test_implicit_gradients_are_those_of_another_solver():
         torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-7)
 
 
+def test_after_a_restart_the_reach_grows_again():
+    """f is NaN beyond |x| = 1, towards which the loss pulls: each try is shorter than the last."""
+    sol = solve(
+        lambda z, x: 0.5 * z + (1 - x**2).sqrt(),
+        lambda z, x: (x - 2).square().sum(-1),
+        torch.zeros(1, 1, dtype=F64),
+        solver=SQP(),
+        max_steps=100,
+    )
+    assert sol.status.tolist() == [implicitopt.Status.NONFINITE]
+    assert sol.value.item() < 1.5  # 1 at the edge; 2.9 with the whole reach at each try
+
+
 @pytest.mark.parametrize("options", [{"memory": 0}, {"memory": 2.5}, {"reach": 0.0}])
 def test_options_are_checked(options):
     with pytest.raises((TypeError, ValueError), match="SQP"):

@@ -27,6 +27,8 @@ LEAST, MOST = 20, 30
 REACH = 0.5
 #: The share of the reach that is x's, with what follows of it, however far states are off.
 TANGENTIAL = 0.5
+#: After a restart the reach grows by this factor a step, until it is whole again.
+REGAINED = 1.5
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,8 @@ class SQP:
     def init(self, kkt: KKT, start: Point) -> tuple[Point, SQPState]:
         kkt.apart = True
         memory = self.memory or window(sum(block.shape[1] for block in start), LEAST, MOST)
-        return start, SQPState(StepSize.at(start), KKTSecants.empty(start, memory))
+        whole = torch.ones_like(norm(start.x))
+        return start, SQPState(StepSize.at(start), KKTSecants.empty(start, memory), whole)
 
     def step(self, kkt: KKT, point: Point, sweep: Sweep, state: SQPState) -> tuple[Point, SQPState]:
         state.secants.push(point, sweep)
@@ -113,7 +116,9 @@ class SQP:
         """The model's step, cut per problem where it is too long; the plain one where none is."""
         secants = state.secants
         tau = secants.tau.to(point.x.dtype)
-        longest = torch.maximum(self.reach * secants.size, SHARE_OF_PLAIN * _norm(*plain))
+        reach = self.reach * state.trust
+        longest = torch.maximum(reach * secants.size, SHARE_OF_PLAIN * _norm(*plain))
+        state.trust = (REGAINED * state.trust).clamp(max=1)
         model = Model(secants, sweep, state.size.alpha)
         found = model.solve(point.x, kkt.project)
         here, share = sweep.loss_grad, _share(found, longest)
@@ -128,8 +133,9 @@ class SQP:
         return Point(*_cut(step, longest))
 
     def restart(self, state: SQPState, mask: Tensor) -> SQPState:
-        """Start over, for the problems in ``mask``, with a quarter of the step size."""
+        """Start over, for the problems in ``mask``, with a quarter of step size and reach."""
         state.size.restart(mask)
+        state.trust = torch.where(mask, state.trust / 4, state.trust)
         state.secants.forget(mask)
         return state
 
@@ -167,4 +173,5 @@ class SQPState:
 
     size: StepSize
     secants: KKTSecants
+    trust: Tensor  # (B,) the share of ``reach`` to go: less for some steps after a restart
     count: int = 0
