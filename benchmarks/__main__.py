@@ -2,9 +2,9 @@
 
 Parts: profile (sweeps and seconds to a target, over all problems), adam (against nested Adam and
 the paper's iteration on trained decoders), budgets (what few sweeps come to), units (what the units
-of x and of the loss matter), attacks (on a classifier, within bounds), overhead (a step over a bare
-sweep), memory (the same), stragglers (a batch with one hard problem), warm (what warm starts save),
-gradients, peers, gpu. Prints each table and writes results.json and profile.png to --out.
+of x and of the loss matter), attacks (on a classifier, within bounds), shears (maps far from
+normal), overhead (a step over a bare sweep), memory (the same), stragglers (a batch with one hard
+problem), warm (what warm starts save), gradients, peers, gpu. Prints each table and writes results.json and profile.png to --out.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ from benchmarks.problems import problems
 
 #: With the problems of the profile, or with problems of their own.
 SHARED = ("profile", "adam", "budgets")
-OWN = ("units", "attacks", "overhead", "memory", "stragglers", "warm", "gradients", "peers", "gpu")
+OWN = (
+    "units", "attacks", "shears", "overhead", "memory", "stragglers", "warm", "gradients", "peers",
+    "gpu",
+)  # fmt: skip
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
