@@ -52,4 +52,6 @@ def test_the_full_run_keeps_its_promises(tmp_path):
     for name in ("denoise", "inpaint"):
         assert tasks[name]["recovered"]["mse"] < tasks[name]["given"]["mse"]
     assert solvers["reached"]
-    assert solvers["default"]["seconds"] <= 0.1 * solvers["nested"]["seconds"]
+    assert 20 * solvers["default"]["f"] <= solvers["nested"]["f"]
+    # By the clock as well where nothing else runs; by less where others take turns.
+    assert solvers["default"]["seconds"] <= 0.2 * solvers["nested"]["seconds"]
