@@ -8,7 +8,8 @@ from families import F64, LinearQuadratic, worst
 
 import implicitopt
 from benchmarks.attacks import classifier
-from benchmarks.families import linear_quadratic, tanh
+from benchmarks.families import Draw, linear_quadratic, scaled, tanh
+from benchmarks.shears import shear
 from benchmarks.sweeps import count
 from benchmarks.units import in_units
 from implicitopt import SQP, Adaptive, Implicit, Joint, LinfBall, OneShot, solve
@@ -23,6 +24,7 @@ class Differences:
 
     def __init__(self):
         self.last, self.rows, self.points = None, [], []
+        self.of_f = self.of_loss = 1.0  # how curved f and the loss are
 
     def push(self, point, sweep):
         g = torch.cat(sweep.loss_grad, 1)
@@ -33,6 +35,26 @@ class Differences:
             self.rows.append(tuple(a - b for a, b in zip(now, self.last[0], strict=True)))
             self.points.append(0.5 * (v + self.last[1]))
         self.last = now, v
+
+    def learn(self, S, Y, T, ridge, wrong):
+        """Of the newest difference, the last: what the others' ridge regression makes of it."""
+        known = S[:, :-1]
+        gram = known @ known.mT + torch.diag_embed(ridge[:, :-1])
+        weights = torch.linalg.solve(gram, known @ S[:, -1:].mT)
+        off = (Y[:, -1] - (Y[:, :-1].mT @ weights)[..., 0]).norm(dim=1) / Y.norm(dim=2).amax(1)
+        spread = (weights[..., 0] ** 2 * wrong[:, :-1]).sum(1) + wrong[:, -1]
+        size = T.diagonal(dim1=1, dim2=2).abs().sqrt()
+        skew = (T[:, -1] - T[:, :, -1]).abs() / (size * size[:, -1:] * (wrong + wrong[:, -1:]))
+        found = (
+            off**2 / (kkt_model.NONLINEAR**2 * spread),
+            skew.mean(1) / kkt_model.ASYMMETRIC,
+        )
+        self.of_f, self.of_loss = (
+            new.clamp(kkt_model.STRAIGHT, 1.0)[:, None].maximum(
+                torch.as_tensor(kkt_model.STRAIGHTER * old, dtype=F64)
+            )
+            for new, old in zip(found, (self.of_f, self.of_loss), strict=True)
+        )
 
     def step(self, sweep, alpha, tau, probe, memory):
         """The step of the module's equations, by dense linear algebra; with it τ Δx for Δx."""
@@ -47,7 +69,7 @@ class Differences:
             1 + (v * u).norm(dim=1) for v, u in ((here, v_units), (self.last[0][0], units))
         )
         wrong = (((here[:, None] - middles) * v_units[:, None]).norm(dim=2) / size[:, None]) ** 2
-        ridge = kkt_model.NONLINEAR**2 * wrong + 1e-10
+        ridge = kkt_model.NONLINEAR**2 * self.of_f * wrong + 1e-10
         s, m = S.norm(dim=2, keepdim=True), M.norm(dim=2, keepdim=True)
         S, Y, G, M, W = S / s, Y / s, G / s, M / m, W / m
         ratio = (m / s)[..., 0] * (state / self.last[0][2].norm(dim=1))[:, None]
@@ -64,7 +86,11 @@ class Differences:
         T = 0.5 * (T + T.mT)
         diagonal = T.diagonal(dim1=1, dim2=2)
         flat = kkt_model.FLAT * diagonal.abs().amax(1, keepdim=True)
-        shift = torch.copysign(flat, diagonal) + kkt_model.LOSS_NONLINEAR * wrong * diagonal.abs()
+        shift = torch.copysign(flat, diagonal) + (
+            kkt_model.LOSS_NONLINEAR * self.of_loss * wrong * diagonal.abs()
+        )
+        tried = kkt_model.TRIED * torch.maximum(*map(torch.as_tensor, (self.of_f, self.of_loss)))
+        self.learn(S, Y, S @ G.mT, ridge, wrong)
         T = T + torch.diag_embed(shift)
         # The probe: all secants of the loss together.
         X = S[:, :, n:]
@@ -89,7 +115,7 @@ class Differences:
             alpha * most < 1 / kkt_model.FAR_OFF
         )
         alpha = torch.where(far, 1 / most, alpha)
-        tried = X.mT @ torch.linalg.solve(X @ X.mT + torch.diag_embed(kkt_model.TRIED + ridge), X)
+        tried = X.mT @ torch.linalg.solve(X @ X.mT + torch.diag_embed(tried + ridge), X)
         K[:, n:N, n:N] += (torch.eye(d, dtype=F64) - tried) / alpha[..., None]
         grad = -sweep.r[:, 2 * n :] / tau
         right = -torch.cat([sweep.r[:, n : 2 * n], grad, sweep.r[:, :n]], 1)
@@ -116,9 +142,9 @@ def test_the_step_is_that_of_dense_matrices(d, monkeypatch):
         return probe(self, move, change)
 
     def stepped(self, found, share):
+        whole = step(self, found, torch.ones_like(share))
+        known = dense.step(dense.sweep, alphas[-1], self.tau, calls[-1], memory=6)
         if self.k >= 3:
-            whole = step(self, found, torch.ones_like(share))
-            known = dense.step(dense.sweep, alphas[-1], self.tau, calls[-1], memory=6)
             compared.append(worst(whole, known))
         return step(self, found, share)
 
@@ -202,6 +228,28 @@ def test_implicit_gradients_are_those_of_another_solver():
         grads.append(torch.autograd.grad(sol.x.sum(), problem.parameters))
     for mine, other in zip(*grads, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("n", "norm", "most"), [(2, 100.0, 30), (6, 10.0, 60), (6, 100.0, 80)])
+def test_maps_far_from_normal_are_found_to_be_linear(n, norm, most):
+    """Where it took 71 sweeps, or did not solve them, with old differences always distrusted."""
+    sol = solve(*shear(n, norm), solver=SQP(), max_steps=200)
+    assert sol.converged.sum() >= 15
+    assert sol.steps.median() <= most
+
+
+def test_a_linear_map_does_not_make_its_loss_quadratic():
+    draw, n, d, batch = Draw(0), 30, 8, 32
+    A, B = scaled(draw, n, 0.8, "radius"), draw(n, d) / d**0.5
+    labels = torch.arange(batch) % 4
+
+    def loss(z, x):
+        entropy = torch.nn.functional.cross_entropy(5 * z, labels, reduction="none")
+        return entropy + 0.05 * x.square().sum(-1)
+
+    x, z = torch.zeros(batch, d, dtype=F64), torch.zeros(batch, n, dtype=F64)
+    sol = solve(lambda z, x: z @ A.T + x @ B.T, loss, x, z, solver=SQP(), max_steps=300)
+    assert sol.converged.all()  # half of them were not
 
 
 def test_after_a_restart_the_reach_grows_again():

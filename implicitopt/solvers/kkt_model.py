@@ -15,7 +15,9 @@ of the differences that it would with the states', adjoints' and inputs' differe
 The loss's Hessian has the smallest rank, Gᵀ (S Gᵀ)⁺ G; inputs not tried yet have curvature 1/α.
 
 D, on the diagonal, is what an old difference may be wrong by: the square of the distance since,
-times that of ``NONLINEAR``. It decides which of two contradicting differences counts.
+times that of ``NONLINEAR``. It decides which of two contradicting differences counts. Less of it is
+taken where f turns out to be straighter: where the newest y is what the others make of its s. The
+same for the loss, with S Gᵀ, which is symmetric where ∂²ℓ does not change.
 
 States and adjoints are eliminated, each at its equilibrium as Δx has it. What is left is a
 quadratic function of Δx, which is minimized: at one go, or, under a constraint, by projected
@@ -44,10 +46,16 @@ __all__ = ["Model"]
 #: How much J may change, in relation to itself, over a distance of 1 + ‖(z, μ, x)‖; and the square
 #: of that for the loss's Hessian, in which contradictions are worse.
 NONLINEAR, LOSS_NONLINEAR = 2.0, 30.0
-#: Directions of x count as tried from this share of a difference of x on, squared.
-TRIED = 1e-2
+#: Directions of x count as tried from this share of a difference of x on, squared; a smaller one
+#: where f and the loss are found to be straight.
+TRIED = 3e-3
 #: Added to the loss's products, against the largest.
-FLAT = 1e-6
+FLAT = 1e-10
+#: How much less than ``NONLINEAR`` it may become, squared, and by how much in a step.
+STRAIGHT, STRAIGHTER = 1e-12, 1 / 16
+#: The loss is as curved as ``LOSS_NONLINEAR`` says where S Gᵀ is, in relation, so far from
+#: symmetric, over the squared distance.
+ASYMMETRIC = 0.3
 #: Where a difference of adjoints is so many times that of states, squared and each in relation to
 #: its block, what J leaves unexplained is as likely J's error as C.
 ADJOINTS_DROWN = 0.2
@@ -119,18 +127,22 @@ class Model:
         (my, mm), xx = states[:, M, :, Y:].unbind(2), inputs[:, S, :, S]
         self.x_unit = x_unit = _diagonal(xx).rsqrt().nan_to_num(posinf=0.0)
         xx = xx * (x_unit[:, :, None] * x_unit[:, None])
-        wrong = secants.distances(ss, mm) / secants.size[:, None].square()
-        ridge = NONLINEAR**2 * wrong + secants.rounding  # D
+        distances = secants.distances(ss, mm) / secants.size[:, None].square()
+        of_f, of_loss = (share[:, None] * distances for share in secants.curved.unbind(1))
+        ridge = NONLINEAR**2 * of_f + secants.rounding  # D
+        tried = TRIED * secants.curved.amax(dim=1, keepdim=True)
         shifts = (
             ridge,
             ridge,
             ridge + self._unsure(m_over_s),
-            TRIED + ridge,
-            self._shift(sg, wrong),
+            tried + ridge,
+            self._shift(sg, of_loss),
         )
         grams = torch.stack([ss, mm, ss, xx, torch.lerp(sg, sg.mT, 0.5)], dim=1)
         grams.diagonal(dim1=2, dim2=3).add_(torch.stack(shifts, dim=1))
         inv_s, inv_m, inv_c, self.tried, self.loss = torch.linalg.inv_ex(grams)[0].unbind(1)
+        if k > 1:
+            self._learn(distances, inv_s, states[:, Y, :, Y], sg)
         known = torch.baddbmm(sw.mT, my, bmm(inv_s, ss), alpha=-1)  # E Sᵀ: C there
         curved = known * m_over_s[:, :, None]
         self.curvature = bmm(bmm(inv_c, torch.lerp(curved, curved.mT, 0.5)), inv_c)
@@ -140,6 +152,22 @@ class Model:
         v_d = states[:, : W + 1, :, Y:].reshape(len(ss), 2 * k, 2 * k)
         self.sg_d = states[:, : G + 1 : G, :, Y:].reshape(len(ss), 2 * k, 2 * k)
         self.lu = _factors(bmm(self.T, v_d).neg_())
+
+    def _learn(self, distances: Tensor, inv_s: Tensor, yy: Tensor, sg: Tensor) -> None:
+        """How curved f and the loss are by the newest difference, for the next step.
+
+        ``a`` is what is left of the newest difference when the others have told all they know.
+        """
+        secants, at = self.secants, self.secants.newest
+        a = inv_s[:, :, at, None] / inv_s[:, at, at, None, None]
+        unlike = bmm(bmm(yy, a).mT, a)[:, 0, 0] / _diagonal(yy).amax(dim=1)
+        of_f = unlike / (NONLINEAR**2 * (a[..., 0].square() * distances).sum(dim=1))
+        size = _diagonal(sg).abs().sqrt()
+        skew = (sg[:, at] - sg[:, :, at]).abs() / (size * size[:, at, None])
+        skew = skew / (distances + distances[:, at, None])
+        of_loss = skew.nan_to_num(0.0, posinf=0.0).mean(dim=1) / ASYMMETRIC
+        found = torch.stack([of_f, of_loss], dim=1).nan_to_num(1.0).clamp(STRAIGHT, 1.0)
+        secants.curved = torch.maximum(found, STRAIGHTER * secants.curved)
 
     def _reduce(self, alpha: Tensor) -> None:
         """The quadratic function of Δx: gradient ∇ₓL + Bᵀ p and Hessian I/α + Bᵀ K B, B the basis.

@@ -44,6 +44,7 @@ class KKTSecants:
     with_adjoint_off: Tensor  # (B, 5, q) float64, and with the last μ⁺ − μ
     with_grad: Tensor  # (B, 3, q) float64, of the inputs with the last ∇ₓL
     tau: Tensor  # (B, 1) float64
+    curved: Tensor  # (B, 2) float64, how much less linear f and the loss may be, a share
     size: Tensor  # (B,) float64, 1 + ‖(z, μ, τ x)‖ of the last iterate
     ratio: Tensor  # (B,) float64, (1 + ‖(z, τ x)‖) / ‖μ‖ of it
     last: tuple[Tensor, ...] | None = None
@@ -67,6 +68,7 @@ class KKTSecants:
             with_adjoint_off=new(rows, 5, memory, dtype=f64),
             with_grad=new(rows, 3, memory, dtype=f64),
             tau=new(rows, 1, dtype=f64) + 1.0,
+            curved=new(rows, 2, dtype=f64) + 1.0,
             size=new(rows, dtype=f64),
             ratio=new(rows, dtype=f64),
         )
@@ -150,6 +152,7 @@ class KKTSecants:
         """Leave out all differences of the problems in ``mask``, and their next one."""
         for each in (self.lengths, self.counts, self.of_states, self.of_inputs):
             each.masked_fill_(row_mask(mask, each), 0.0)
+        self.curved = torch.where(mask[:, None], 1.0, self.curved)
         self.fresh = mask if self.fresh is None else self.fresh | mask
 
     def _keep(self, at: int, now: tuple[Tensor, ...], last: tuple[Tensor, ...]) -> None:

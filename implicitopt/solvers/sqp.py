@@ -27,8 +27,8 @@ LEAST, MOST = 20, 30
 REACH = 0.5
 #: The share of the reach that is x's, with what follows of it, however far states are off.
 TANGENTIAL = 0.5
-#: After a restart the reach grows by this factor a step, until it is whole again.
-REGAINED = 1.5
+#: Of the reach, after a step that made the residual larger, and after one that did not.
+SHORTER, LONGER = 0.8, 1.2
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,7 @@ class SQP:
     def init(self, kkt: KKT, start: Point) -> tuple[Point, SQPState]:
         kkt.apart = True
         memory = self.memory or window(sum(block.shape[1] for block in start), LEAST, MOST)
-        whole = torch.ones_like(norm(start.x))
-        return start, SQPState(StepSize.at(start), KKTSecants.empty(start, memory), whole)
+        return start, SQPState.at(start, memory)
 
     def step(self, kkt: KKT, point: Point, sweep: Sweep, state: SQPState) -> tuple[Point, SQPState]:
         state.secants.push(point, sweep)
@@ -95,6 +94,7 @@ class SQP:
             scaled = point._replace(x=tau * point.x), sweep._replace(grad=sweep.grad / tau)
             state.size.fit(*scaled)
         plain = self._plain(kkt, point, sweep, state)
+        state.judge(plain)
         move = plain if warming else self._newton(kkt, point, sweep, state, plain)
         moved = Point(point.z + move.z, point.mu + move.mu, point.x + move.x / tau)
         if kkt.project is not None:  # by rounding, and where C is not convex
@@ -116,10 +116,9 @@ class SQP:
         """The model's step, cut per problem where it is too long; the plain one where none is."""
         secants = state.secants
         tau = secants.tau.to(point.x.dtype)
-        reach = self.reach * state.trust
-        longest = torch.maximum(reach * secants.size, SHARE_OF_PLAIN * _norm(*plain))
-        state.trust = (REGAINED * state.trust).clamp(max=1)
         model = Model(secants, sweep, state.size.alpha)
+        reach = self.reach * state.trust / secants.curved.amax(dim=1).sqrt()
+        longest = torch.maximum(reach * secants.size, SHARE_OF_PLAIN * _norm(*plain))
         found = model.solve(point.x, kkt.project)
         here, share = sweep.loss_grad, _share(found, longest)
         assert here is not None
@@ -136,6 +135,7 @@ class SQP:
         """Start over, for the problems in ``mask``, with a quarter of step size and reach."""
         state.size.restart(mask)
         state.trust = torch.where(mask, state.trust / 4, state.trust)
+        state.residual = torch.where(mask, math.inf, state.residual)
         state.secants.forget(mask)
         return state
 
@@ -169,9 +169,26 @@ def _cut(step: Sequence[Tensor], longest: Tensor) -> list[Tensor]:
 
 @dataclass
 class SQPState:
-    """The step size in x, the differences, and the steps made."""
+    """The step size in x, the differences, how far steps may go, and how many were made."""
 
     size: StepSize
     secants: KKTSecants
-    trust: Tensor  # (B,) the share of ``reach`` to go: less for some steps after a restart
+    trust: Tensor  # (B,) the share of ``reach`` to go
+    residual: Tensor  # (B,) of the last iterate, x's in units 1/τ
     count: int = 0
+
+    @classmethod
+    def at(cls, start: Point, memory: int) -> SQPState:
+        whole = torch.ones_like(norm(start.x))
+        return cls(
+            StepSize.at(start),
+            KKTSecants.empty(start, memory),
+            whole,
+            torch.full_like(whole, math.inf),
+        )
+
+    def judge(self, plain: Point) -> None:
+        """Trust steps less if the last one made the residual larger, and more if it did not."""
+        residual = _norm(plain.z, plain.mu, plain.x / self.size.alpha)
+        changed = torch.where(residual > self.residual, SHORTER, LONGER) * self.trust
+        self.trust, self.residual = changed.clamp(max=1), residual
