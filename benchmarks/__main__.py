@@ -3,9 +3,9 @@
 Parts: profile (sweeps and seconds to a target, over all problems), adam (against nested Adam and
 the paper's iteration on trained decoders), budgets (what few sweeps come to), units (what the units
 of x and of the loss matter), attacks (on a classifier, within bounds), shears (maps far from
-normal), overhead (a step over a bare sweep), memory (the same), stragglers (a batch with one hard
-problem), warm (what warm starts save), gradients, peers, gpu. Prints each table and writes
-results.json and profile.png to --out.
+normal), sharp (losses that bend sharply), overhead (a step over a bare sweep), memory (the same),
+stragglers (a batch with one hard problem), warm (what warm starts save), gradients, peers, gpu.
+Prints each table and writes results.json and profile.png to --out.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from benchmarks.problems import problems
 #: With the problems of the profile, or with problems of their own.
 SHARED = ("profile", "adam", "budgets")
 OWN = (
-    "units", "attacks", "shears", "overhead", "memory", "stragglers", "warm", "gradients", "peers",
-    "gpu",
+    "units", "attacks", "shears", "sharp", "overhead", "memory", "stragglers", "warm", "gradients",
+    "peers", "gpu",
 )  # fmt: skip
 
 

@@ -11,27 +11,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor
 
-import implicitopt
 from benchmarks.families import Draw, Problem
-from benchmarks.paper import paper
-from implicitopt import SQP, Adaptive, Joint, OneShot
+from benchmarks.medians import Found, medians, table
 
 __all__ = ["measure", "shear", "table"]
 
-MAX_STEPS, BATCH = 400, 16
+BATCH = 16
 SIZES, NORMS = (2, 6, 20), (1.0, 10.0, 100.0, 1000.0)
-SOLVERS: dict[str, Callable[[], Any]] = {
-    "default": Adaptive, "Joint": Joint, "SQP": SQP, "Adaptive(SQP())": lambda: Adaptive(SQP()),
-    "OneShot": OneShot, "paper": lambda: paper(damped=False),
-}  # fmt: skip
 
 
-def shear(n: int, norm: float, *, seed: int = 0) -> Problem:
+def shear(n: int, norm: float) -> Problem:
     """Maps of n states and as many inputs, ‖N‖₂ = ``norm``."""
-    draw = Draw(seed)
+    draw = Draw(0)
     upper = draw(BATCH, n, n).triu(1)
     upper = norm * upper / torch.linalg.matrix_norm(upper, 2, keepdim=True)
     A = upper + torch.diag_embed(0.9 * draw(BATCH, n).tanh())
@@ -46,32 +39,9 @@ def shear(n: int, norm: float, *, seed: int = 0) -> Problem:
     return Problem(f, loss, torch.zeros_like(y), torch.zeros_like(y))
 
 
-#: size and ‖N‖ -> solver -> median of the sweeps, and the unsolved
-Found = dict[str, dict[str, tuple[int, int]]]
-
-
 def measure(*, quick: bool, bar: Callable[..., Any]) -> Found:
     """Every size and norm with every solver."""
-    cases = [(n, norm) for n in SIZES for norm in NORMS]
-    found: Found = {}
-    for n, norm in bar(cases[:1] if quick else cases, desc="shears"):
-        row = found[f"{n} states, ‖N‖ {norm:g}"] = {}
-        for solver, make in SOLVERS.items():
-            with torch.no_grad():
-                sol = implicitopt.solve(
-                    *shear(n, norm), solver=make(), tol=1e-6, max_steps=MAX_STEPS
-                )
-            lost = int((~sol.converged).sum())
-            steps = sol.steps.masked_fill(~sol.converged, MAX_STEPS).sort().values
-            row[solver] = (int(steps[BATCH // 2]), lost)
-    return found
-
-
-def table(found: Found) -> str:
-    """A row per size and norm; the median, and how many were not solved in brackets."""
-    rows = [
-        [name, *(f"{n}" if lost == 0 else f"{n} ({lost})" for n, lost in row.values())]
-        for name, row in found.items()
-    ]
-    header = ["median (unsolved of 16)", *SOLVERS]
-    return tabulate(rows, header, tablefmt="github", disable_numparse=True)
+    cases = [(n, norm) for n in SIZES for norm in NORMS][: 1 if quick else None]
+    return medians(
+        (f"{n} states, ‖N‖ {norm:g}", shear(n, norm)) for n, norm in bar(cases, desc="shears")
+    )
