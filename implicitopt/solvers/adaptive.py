@@ -19,7 +19,7 @@ __all__ = ["Adaptive", "AdaptiveState"]
 
 #: A problem stays with the joint iteration while each ``patience`` steps bring its lowest KKT
 #: residual below this share of what it was.
-SHARE = 0.3
+SHARE = 0.5
 #: A state residual at which an iterate's score means something here. Farther from any equilibrium,
 #: as what a solve returns may be, descent would run away where there is none.
 FEASIBLE = 1e-2

@@ -27,7 +27,8 @@ LEAST, MOST = 20, 30
 REACH = 0.5
 #: The share of the reach that is x's, with what follows of it, however far states are off.
 TANGENTIAL = 0.5
-#: Of the reach, after a step that made the residual larger, and after one that did not.
+#: How far steps are trusted changes by one factor after a step that made the residual larger, and
+#: by the other after one that did not.
 SHORTER, LONGER = 0.8, 1.2
 
 
@@ -117,8 +118,9 @@ class SQP:
         secants = state.secants
         tau = secants.tau.to(point.x.dtype)
         model = Model(secants, sweep, state.size.alpha)
-        reach = self.reach * state.trust / secants.curved.amax(dim=1).sqrt()
-        longest = torch.maximum(reach * secants.size, SHARE_OF_PLAIN * _norm(*plain))
+        reach = self.reach * secants.size
+        limit = state.trust * reach / secants.curved.amax(dim=1).sqrt()
+        longest = torch.maximum(limit, SHARE_OF_PLAIN * _norm(*plain))
         found = model.solve(point.x, kkt.project)
         here, share = sweep.loss_grad, _share(found, longest)
         assert here is not None
@@ -129,7 +131,9 @@ class SQP:
         step = model.step(found, _share(found, longest))
         sound = (_norm(*step) < math.inf)[:, None]
         step = Point(*(torch.where(sound, a, b) for a, b in zip(step, plain, strict=True)))
-        return Point(*_cut(step, longest))
+        step = Point(*_cut(step, longest))
+        state.made = _norm(*step) / reach
+        return step
 
     def restart(self, state: SQPState, mask: Tensor) -> SQPState:
         """Start over, for the problems in ``mask``, with a quarter of step size and reach."""
@@ -173,22 +177,26 @@ class SQPState:
 
     size: StepSize
     secants: KKTSecants
-    trust: Tensor  # (B,) the share of ``reach`` to go
+    trust: Tensor  # (B,) how far steps may go, a share of the reach
+    made: Tensor  # (B,) how far the last one went, a share of the reach for curved problems
     residual: Tensor  # (B,) of the last iterate, x's in units 1/τ
     count: int = 0
 
     @classmethod
     def at(cls, start: Point, memory: int) -> SQPState:
         whole = torch.ones_like(norm(start.x))
-        return cls(
-            StepSize.at(start),
-            KKTSecants.empty(start, memory),
-            whole,
-            torch.full_like(whole, math.inf),
-        )
+        none = torch.full_like(whole, math.inf)
+        secants = KKTSecants.empty(start, memory)
+        return cls(StepSize.at(start), secants, trust=whole, made=whole, residual=none)
 
     def judge(self, plain: Point) -> None:
-        """Trust steps less if the last one made the residual larger, and more if it did not."""
+        """Trust steps less if the last one made the residual larger, and more if it did not.
+
+        Where it is the loss that bends, less far than the last one went. Where it is f, the
+        residual has to grow on many ways to a solution.
+        """
         residual = _norm(plain.z, plain.mu, plain.x / self.size.alpha)
-        changed = torch.where(residual > self.residual, SHORTER, LONGER) * self.trust
-        self.trust, self.residual = changed.clamp(max=1), residual
+        made = self.made / self.secants.curved[:, 1].sqrt()
+        shorter = SHORTER * torch.minimum(self.trust, made)
+        trust = torch.where(residual > self.residual, shorter, LONGER * self.trust)
+        self.trust, self.residual = trust.clamp(max=1), residual
