@@ -11,6 +11,7 @@ from families import F64, LinearQuadratic, worst
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.sharp import sharp
 from implicitopt import (
     SQP,
     Adaptive,
@@ -457,6 +458,12 @@ def test_adaptive_without_a_stuck_problem_is_joint_bit_for_bit():
     joint = solve(problem.f, problem.loss, *problem.start(), solver=Joint())
     assert torch.equal(adaptive.x, joint.x)
     assert torch.equal(adaptive.steps, joint.steps)
+
+
+def test_adaptive_stays_with_joint_where_descent_is_slower():
+    """A dozen of these 32 went over to it, and were not done after 400 sweeps."""
+    sol = solve(*sharp("pseudo-Huber, width .1", 40, 20), max_steps=200)
+    assert sol.converged.sum() >= 28
 
 
 def test_adaptive_solves_what_joint_solves():
