@@ -203,6 +203,7 @@ def test_peak_memory_is_that_of_the_tensors_alive_together():
     assert 16_000 <= memory.peak(call) < 16_200
 
 
+@pytest.mark.slow
 def test_a_joint_solve_holds_its_window_and_little_more():
     found = memory.measure(quick=True, bar=bar)
     for kept in (10, 20):

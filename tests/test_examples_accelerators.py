@@ -167,6 +167,7 @@ def test_an_ended_solve_stays_as_it_is():
     assert padded(rows, 5).tolist() == [[0, 1], [2, 3], [4, 5], [4, 5], [4, 5]]
 
 
+@pytest.mark.slow
 def test_contest_of_everyone(tmp_path):
     decoder, target = problems()
     everyone = [c for several in entrants(SETTINGS).values() for c in several]

@@ -331,6 +331,7 @@ def quietly(steps, desc):
     return steps
 
 
+@pytest.mark.slow
 def test_codes_drawn_by_a_vae_have_the_moments_of_those_given():
     """Of a correlated mixture of two normal distributions, within a tenth of its spread."""
     generator = torch.Generator().manual_seed(0)

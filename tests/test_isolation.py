@@ -51,9 +51,14 @@ OTHERS = [i for i in range(B) if i != BAD]
 NAN, INF = float("nan"), float("inf")
 
 
+def marks(name):
+    """Nested makes thousands of sweeps where the others make dozens."""
+    return [pytest.mark.slow] if name == "nested" else []
+
+
 def by_name(table):
     return pytest.mark.parametrize(
-        "solver", [pytest.param(s, id=name) for name, s in table.items()]
+        "solver", [pytest.param(s, id=name, marks=marks(name)) for name, s in table.items()]
     )
 
 
@@ -125,8 +130,11 @@ def with_and_without_constraint(table):
     """Each solver free, and in a ball."""
     return pytest.mark.parametrize(
         ("solver", "project"),
-        [pytest.param(s, None, id=f"{name}-free") for name, s in table.items()]
-        + [pytest.param(s, L2Ball(0.5), id=f"{name}-ball") for name, s in table.items()],
+        [
+            pytest.param(solver, project, id=f"{name}-{where}", marks=marks(name))
+            for where, project in (("free", None), ("ball", L2Ball(0.5)))
+            for name, solver in table.items()
+        ],
     )
 
 
@@ -522,7 +530,9 @@ def test_the_estimate_of_what_an_input_is_worth_is_exact_to_first_order():
         torch.testing.assert_close(new.score, torch.maximum(new.value, new.estimate) + doubt)
 
 
-@pytest.mark.parametrize("kind", ["gauss", "radius", "orth", "sym"])
+@pytest.mark.parametrize(
+    "kind", ["gauss", *(pytest.param(k, marks=pytest.mark.slow) for k in ("radius", "orth", "sym"))]
+)
 def test_select_best_makes_use_of_few_sweeps(kind):
     """In 8 no iterate comes within 3 % of its equilibrium, but for the start, which came back."""
     f, loss, x0, z0 = (
