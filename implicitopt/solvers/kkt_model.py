@@ -51,7 +51,7 @@ NONLINEAR, LOSS_NONLINEAR = 2.0, 30.0
 TRIED = 3e-3
 #: Added to the loss's products, against the largest.
 FLAT = 1e-10
-#: How much less than ``NONLINEAR`` it may become, squared, and by how much in a step.
+#: The least of the shares of ``NONLINEAR`` and its like, squared, and how fast they may fall.
 STRAIGHT, STRAIGHTER = 1e-12, 1 / 16
 #: The loss is as curved as ``LOSS_NONLINEAR`` says where S Gᵀ is, in relation, so far from
 #: symmetric, over the squared distance.

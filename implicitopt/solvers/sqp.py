@@ -46,7 +46,8 @@ class SQP:
         memory: differences to keep, of five states and three inputs each. None: 30, fewer where z,
             μ and x are more than two thousand numbers, at least 20.
         reach: a step may be this share of 1 + ‖(z, μ, τ x)‖ long, or half the plain step where
-            that is longer; a longer one is cut.
+            that is longer; a longer one is cut. The share is larger where f and the loss turn out
+            to be nearly linear and quadratic, and smaller while steps make the residual larger.
 
     In these lengths, and wherever else x and z are compared, x is measured in units 1/τ in which
     ∂f/∂x is about as large as ∂f/∂z, so that it does not matter in which it comes. Of the longest
