@@ -85,6 +85,7 @@ def run(work: Callable[[TanhProblem], None], times: int) -> None:
         work(TanhProblem.draw(n=4, d=2, batch=2, seed=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WORK)
 def test_a_hundred_solves_leave_nothing_behind(name: str) -> None:
     run(WORK[name], 2)  # what is made once and kept, such as caches
