@@ -10,8 +10,9 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
-__all__ = ["Scope", "autocast_as_now", "autocast_off"]
+__all__ = ["Scope", "autocast_as_now", "autocast_off", "precision"]
 
 #: Makes a context.
 Scope = Callable[[], AbstractContextManager[Any]]
@@ -29,6 +30,14 @@ def autocast_as_now(device: torch.device) -> Scope:
         return nullcontext
     enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
     return lambda: _scope(kind, enabled, dtype)
+
+
+def precision(like: Tensor) -> torch.dtype:
+    """In which products with ``like`` are formed here: autocast may make it a coarser one."""
+    kind = like.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return min(like.dtype, torch.get_autocast_dtype(kind), key=lambda dtype: dtype.itemsize)
+    return like.dtype
 
 
 def _scope(kind: str, enabled: bool, dtype: torch.dtype | None) -> AbstractContextManager[Any]:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from implicitopt.adjoint.envelope import Attached, FirstOrderValue, optimal_value, refuse
 from implicitopt.adjoint.krylov import SMALL, KrylovResult, gmres, minres
-from implicitopt.autocast import autocast_off
+from implicitopt.autocast import autocast_off, precision
 from implicitopt.kkt import KKT, Point
 from implicitopt.options import check_callable, check_option
 from implicitopt.solution import AdjointReport, Status
@@ -77,16 +77,17 @@ class LinearOptions:
 class Implicit:
     """Differentiate ``sol.x``, ``sol.z``, ``sol.mu`` through the whole KKT system, once or twice.
 
-    GMRES solves the adjoint system with its rows in the order of the joint iteration, (f − z,
-    μ⁺ − μ, ∇ₓL), where it is near −1 in z and μ if f contracts: in that order it takes a quarter to
-    two thirds of the products. Without a constraint the Jacobian of the KKT map is the Hessian of
-    the Lagrangian, symmetric and indefinite, and where GMRES has used up its vectors MINRES goes
-    on. One product costs two to three sweeps. After ``.backward()``, ``sol.adjoint`` says how each
-    problem's system went; one that failed raises an :class:`AdjointWarning`.
+    GMRES solves the adjoint system with its rows as the joint iteration has them, (f − z, μ⁺ − μ,
+    −∇ₓL). There it is near −1 in z and μ if f contracts, and what that leaves of it in x, the
+    reduced loss's Hessian, has the same sign: so it takes a quarter to two thirds of the products.
+    Without a constraint the Jacobian of the KKT map is the Hessian of the Lagrangian, symmetric and
+    indefinite, and where GMRES has used up its vectors MINRES goes on. One product costs two
+    sweeps. After ``.backward()``, ``sol.adjoint`` says how each problem's system went; one that
+    failed raises an :class:`AdjointWarning`.
 
     Args:
         tol: relative residual ‖Hw − c‖ / ‖c‖ per problem. Default 1e-10 in float64, 1e-5 in
-            float32.
+            float32, 1e-2 in half precision and where autocast makes products in it.
         max_steps: Krylov iterations at most.
         precondition: approximate inverse of H on a ``(B, 2n + d)`` matrix whose columns are
             ordered (z, μ, x). Where there is no constraint it must be symmetric positive definite,
@@ -148,7 +149,7 @@ class FrozenInput:
 
     Args:
         tol: relative residual of the linear solve with (I − ∂f/∂z)ᵀ. Default 1e-10 in float64,
-            1e-5 in float32.
+            1e-5 in float32, 1e-2 in half precision and where autocast makes products in it.
         max_steps: GMRES iterations at most.
 
     Raises:
@@ -252,8 +253,9 @@ class _System:
     def _krylov(self, v: Tensor, c: Tensor, *, transpose: bool) -> Tensor:
         sound = torch.isfinite(c).all(dim=1)
         product = self.product(v, transpose=transpose, record=False)
+        tol = self.options.tolerance(precision(c))
         with torch.no_grad(), autocast_off(c.device):
-            result = self._solved(product, torch.where(sound[:, None], c, torch.zeros_like(c)))
+            result = self._solved(product, torch.where(sound[:, None], c, torch.zeros_like(c)), tol)
         solved = result.converged & sound
         status = torch.full_like(result.steps, Status.MAX_STEPS)
         status = torch.where(solved, torch.full_like(status, Status.CONVERGED), status)
@@ -274,7 +276,7 @@ class _System:
             )
             warnings.warn(
                 f"the adjoint system of {int((~solved).sum())} of {len(solved)} problems was not "
-                f"solved to the relative residual {self.options.tolerance(c.dtype):.0e} in "
+                f"solved to the relative residual {tol:.0e} in "
                 f"{self.options.max_steps} steps (worst {largest:.1e}): their gradient is "
                 "approximate, and zero where it was not finite. See sol.adjoint; raise max_steps, "
                 "loosen tol, pass a preconditioner, or regularize x in the loss."
@@ -284,9 +286,9 @@ class _System:
             )
         return torch.where(bad[:, None], torch.zeros_like(c), result.solution)
 
-    def _solved(self, product: Callable[[Tensor], Tensor], c: Tensor) -> KrylovResult:
+    def _solved(self, product: Callable[[Tensor], Tensor], c: Tensor, tol: float) -> KrylovResult:
         """The system by the Krylov method that suits it."""
-        tol, most = self.options.tolerance(c.dtype), self.options.max_steps
+        most = self.options.max_steps
         unit = self.options.precondition
         if self.symmetric and unit is not None:
             return minres(product, c, tol=tol, max_steps=most, precondition=unit)
@@ -308,11 +310,11 @@ class _System:
         )
 
     def _swapped(self, rows: Tensor) -> Tensor:
-        """The blocks z and μ in each other's place, which makes (∇_z L, ∇_μ L) (f − z, μ⁺ − μ)."""
+        """∇L to what the joint iteration adds, (f − z, μ⁺ − μ, −∇ₓL), or back."""
         if not self.saddle:
             return rows
         z, mu, x = Point.split(rows, self.saddle)
-        return torch.cat((mu, z, x), dim=1)
+        return torch.cat((mu, z, -x), dim=1)
 
 
 class _Root(torch.autograd.Function):
