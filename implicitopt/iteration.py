@@ -14,6 +14,7 @@ from implicitopt.kkt import KKT, Point, Residuals, Sweep, at_hand, choose, some
 from implicitopt.rows import put, take
 from implicitopt.select import Candidate, Kept, Rule
 from implicitopt.solution import History, Status
+from implicitopt.trail import Trail
 
 __all__ = ["Outcome", "Progress", "Solver", "iterate"]
 
@@ -69,6 +70,7 @@ class Outcome(NamedTuple):
     steps: Tensor
     history: History | None
     drawn: tuple[Tensor, Tensor] | None
+    trail: Trail | None
 
 
 def iterate(
@@ -83,13 +85,16 @@ def iterate(
     history: bool = False,
     sample_iterate: bool = False,
     narrow: Callable[[Tensor], KKT] | None = None,
+    keep: int = 0,
 ) -> Outcome:
     """Run ``solver`` from ``start`` until every problem is finished or ``max_steps`` are made.
 
     ``narrow`` gives the system of some of the problems, by their indices: then finished ones leave.
+    ``keep``: so many of the last differences between sweeps make the outcome's trail.
     """
     point, state = solver.init(kkt, start)
     record = _Record(kkt, point, tol=tol, rule=rule, history=history, sample=sample_iterate)
+    record.trail = Trail.at(point, keep) if keep else None
     initial = solver.initial_sweeps
     steps = range(initial + max_steps)
     _run(kkt, solver, point, state, record, steps, callback, narrow)
@@ -233,11 +238,12 @@ class _Record:
         self.since = full(0, torch.int64)
         self.history: list[tuple[Tensor, Residuals]] | None = [] if history else None
         self.drawn = (start.z, start.x) if sample else None
+        self.trail: Trail | None = None
 
     #: What there is of each problem, and changes.
     PER_PROBLEM = (
         "point", "start_size", "found", "lowest", "active", "status", "steps", "failures", "mark",
-        "mark_score", "since", "drawn",
+        "mark_score", "since", "drawn", "trail",
     )  # fmt: skip
 
     @property
@@ -277,6 +283,8 @@ class _Record:
         stalled = self._stalled(step) & running & ~reached
         if self.drawn is not None:
             self._draw(running, point)
+        if self.trail is not None:
+            self.trail.push(point, sweep.r, running)
         if self.history is not None:
             self.history.append((value * self.kkt.sign, residuals))
         return self._end(reached, stalled, failed, found)
@@ -355,4 +363,5 @@ class _Record:
             self.steps - initial,
             history,
             self.drawn,
+            self.trail,
         )

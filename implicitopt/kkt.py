@@ -181,6 +181,8 @@ class KKT:
     work: Work = field(default_factory=Work)
     apart: bool = False  # whether sweeps keep the loss's gradient, for solvers that need it
     guarded: bool = False  # whether f and the loss have been looked at for side effects
+    # Makes w ↦ about (∂r/∂v)⁻¹ w, r as in `Sweep`, where a solve has told of it.
+    near_inverse: Callable[[], Callable[[Tensor], Tensor]] | None = None
 
     def state_map(self, z: Tensor, x: Tensor) -> Tensor:
         """f on matrices: ``(B, n), (B, d) -> (B, n)``."""

@@ -43,6 +43,10 @@ def put(tree: Any, rows: Tensor, part: Any) -> Any:
     """
     if isinstance(tree, Tensor):
         return tree.index_copy(0, rows, part)
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        names = [field.name for field in dataclasses.fields(tree)]
+        found = {name: put(getattr(tree, name), rows, getattr(part, name)) for name in names}
+        return dataclasses.replace(tree, **found)
     if isinstance(tree, tuple | list):
         parts = [put(a, rows, b) for a, b in zip(tree, part, strict=True)]
         return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)

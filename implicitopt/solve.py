@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import cache, partial
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from implicitopt.adjoint.envelope import Attached, Envelope
+from implicitopt.adjoint.implicit import Implicit
 from implicitopt.autocast import autocast_as_now, autocast_off
 from implicitopt.inputs import (
     check_finite,
@@ -148,6 +150,7 @@ def solve(
         _check_subset(subset, solver)
     kkt, start, shape = _prepare(f, loss, x0, z0, project, maximize, warm_start)
     tol = default_tol(start.x.dtype) if tol is None else float(tol)
+    kept = _kept(adjoint, kkt, start, max_steps)
     with without_gradient(), autocast_off(start.x.device):
         outcome = iterate(
             kkt,
@@ -160,6 +163,7 @@ def solve(
             history=history,
             sample_iterate=sample_iterate,
             narrow=None if subset is None else _narrowing(kkt, start, shape, project, subset),
+            keep=kept,
         )
     solution = _attach(kkt, outcome, adjoint, shape, tol)
     return solution.raise_if_failed() if throw else solution
@@ -282,6 +286,13 @@ def _prepare(
     return kkt, Point(z, mu, x).contiguous(), () if batch is None else (batch,)
 
 
+def _kept(adjoint: Adjoint, kkt: KKT, start: Point, max_steps: int) -> int:
+    """How many differences between sweeps the backward pass will have a use for."""
+    if not isinstance(adjoint, Implicit) or not torch.is_grad_enabled():
+        return 0
+    return min(max_steps, adjoint.differences(kkt, start))
+
+
 def _attach(
     kkt: KKT, outcome: Outcome, adjoint: Adjoint, shape: tuple[int, ...], tol: float
 ) -> Solution:
@@ -290,6 +301,9 @@ def _attach(
     point, value = outcome.point, outcome.value
     if torch.is_grad_enabled():
         kkt = replace(kkt, autocast=nullcontext)  # f in a backward pass: as that finds autocast
+        if outcome.trail is not None:
+            settled = outcome.status == Status.CONVERGED
+            kkt.near_inverse = cache(partial(outcome.trail.inverse, settled))
         sound = outcome.status != torch.full_like(outcome.status, Status.NONFINITE)
         found = adjoint.attach(kkt, _stand_in(point, sound), value, report)
         z, mu, x, value = (

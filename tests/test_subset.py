@@ -87,6 +87,29 @@ def test_problems_leave_by_halves_and_are_named_by_their_places():
         assert set(rows) <= set(range(8))
 
 
+def test_backward_passes_take_what_those_of_the_whole_batch_take():
+    """With the differences that problems made before and after the others had left."""
+    steps = {}
+    for subset in (False, True):
+        for recycle in (0, 30):
+            problem = Uneven()
+            shift = torch.zeros(12, dtype=F64, requires_grad=True)
+
+            def shifted(rows, of=problem.of, shift=shift):
+                f, loss = of(rows)
+                return lambda z, x: f(z, x) + shift, loss
+
+            sol = solve(
+                *shifted(torch.arange(8)), *problem.start, tol=1e-8, max_steps=400,
+                subset=shifted if subset else None, adjoint=implicitopt.Implicit(recycle=recycle),
+            )  # fmt: skip
+            assert sol.converged.all()
+            sol.x.square().sum().backward()
+            steps[subset, recycle] = sol.adjoint.steps
+    assert (steps[True, 30] - steps[False, 30]).abs().max() <= 2
+    assert (steps[True, 30] < steps[True, 0]).all()
+
+
 def test_gradients_are_those_of_the_whole_batch():
     problem = Uneven()
     grads = []

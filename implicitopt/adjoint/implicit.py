@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from implicitopt.accelerators.anderson import window
 from implicitopt.adjoint.envelope import Attached, FirstOrderValue, optimal_value, refuse
-from implicitopt.adjoint.krylov import SMALL, KrylovResult, gmres, minres
+from implicitopt.adjoint.krylov import SMALL, KrylovResult, Operator, gmres, minres
 from implicitopt.autocast import autocast_off, precision
 from implicitopt.kkt import KKT, Point
 from implicitopt.options import check_callable, check_option
@@ -30,6 +31,8 @@ from implicitopt.solution import AdjointReport, Status
 __all__ = ["AdjointWarning", "FrozenInput", "Implicit", "LinearOptions", "attach_root"]
 
 
+#: How many of the solve's differences are kept where nobody says: at least and at most.
+RECYCLED = 20, 60
 #: Vectors that GMRES keeps on a KKT system of more than ``SMALL`` unknowns.
 VECTORS = 60
 
@@ -85,6 +88,12 @@ class Implicit:
     sweeps. After ``.backward()``, ``sol.adjoint`` says how each problem's system went; one that
     failed raises an :class:`AdjointWarning`.
 
+    The solve's own sweeps make a preconditioner: between two of them the iterate and the residual
+    of the system changed by s and y ≈ As, so that s is about what A⁻¹ makes of y. GMRES takes about
+    half the products then, and solves the same system to the same tolerance. It is left out for
+    problems that did not converge, and where differences contradict each other, as where f has
+    kinks.
+
     Args:
         tol: relative residual ‖Hw − c‖ / ‖c‖ per problem. Default 1e-10 in float64, 1e-5 in
             float32, 1e-2 in half precision and where autocast makes products in it.
@@ -92,12 +101,16 @@ class Implicit:
         precondition: approximate inverse of H on a ``(B, 2n + d)`` matrix whose columns are
             ordered (z, μ, x). Where there is no constraint it must be symmetric positive definite,
             and MINRES takes it from the start.
+        recycle: how many of the solve's last differences to keep for that, of two states each. 0:
+            none. None: 60, fewer for more than a thousand unknowns, at least 20; none where there
+            is a constraint or ``precondition``.
 
     Raises:
         TypeError, ValueError: an option is not as above.
         RuntimeError: on a third derivative.
 
-    Source: JIIO section 3.2, eq. 16-17.
+    Source: JIIO section 3.2, eq. 16-17; the solve's differences for the backward pass: SHINE,
+    Ramzi et al. 2022, without the Krylov method that makes it exact.
 
     >>> import torch, implicitopt
     >>> theta = torch.tensor(2.0, requires_grad=True)
@@ -114,9 +127,19 @@ class Implicit:
     tol: float | None = None
     max_steps: int = 500
     precondition: Callable[[Tensor], Tensor] | None = None
+    recycle: int | None = None
 
     def __post_init__(self) -> None:
         LinearOptions(self.tol, self.max_steps, self.precondition)
+        if self.recycle is not None:
+            check_option("adjoint recycle", self.recycle, int, least=0)
+
+    def differences(self, kkt: KKT, start: Point) -> int:
+        """How many of the solve's differences the backward pass has a use for."""
+        if kkt.project is not None or self.precondition is not None:
+            return 0
+        unknowns = sum(block.shape[1] for block in start)
+        return window(unknowns, *RECYCLED) if self.recycle is None else self.recycle
 
     def attach(self, kkt: KKT, point: Point, value: Tensor, report: AdjointReport) -> Attached:
         sizes = [block.shape[1] for block in point]
@@ -132,6 +155,7 @@ class Implicit:
             report,
             symmetric=kkt.project is None,
             saddle=sizes[0],
+            near_inverse=kkt.near_inverse,
         )
         z, mu, x = v.split(sizes, dim=1)
         first = optimal_value(kkt, point)
@@ -213,6 +237,7 @@ class _System:
     options: LinearOptions
     report: AdjointReport = field(repr=False)
     saddle: int = 0  # n where rows and columns are (z, μ, x), z and μ n numbers each
+    near_inverse: Callable[[], Operator] | None = None  # as the KKT system has it
 
     def product(self, v: Tensor, *, transpose: bool, record: bool) -> Callable[[Tensor], Tensor]:
         """w ↦ J(v)ᵀ w or J(v) w, from one linearization; in the autograd graph if ``record``."""
@@ -290,6 +315,7 @@ class _System:
         """The system by the Krylov method that suits it."""
         most = self.options.max_steps
         unit = self.options.precondition
+        near = None if self.near_inverse is None else self.near_inverse()
         if self.symmetric and unit is not None:
             return minres(product, c, tol=tol, max_steps=most, precondition=unit)
         vectors = c.shape[1] if c.shape[1] <= SMALL else VECTORS
@@ -300,7 +326,7 @@ class _System:
             tol=tol,
             max_steps=length,
             restart=vectors if self.saddle else None,
-            precondition=None if unit is None else lambda w: unit(self._swapped(w)),
+            precondition=near if unit is None else lambda w: unit(self._swapped(w)),
         )
         if length == most or bool(first.converged.all()):
             return first
@@ -409,13 +435,15 @@ def attach_root(
     *,
     symmetric: bool,
     saddle: int = 0,
+    near_inverse: Callable[[], Operator] | None = None,
 ) -> Tensor:
     """The root ``v`` of ``residual``, ``(B, N)``, differentiable in all that ``residual`` reads.
 
-    ``saddle``: n where v is (z, μ, x) and the residual ∇L, z and μ being n numbers each.
+    ``saddle``: n where v is (z, μ, x) and the residual ∇L, z and μ being n numbers each, and then
+    ``near_inverse``, where there is one, makes about the inverse of the joint iteration's Jacobian.
     """
     v = v.detach()
-    system = _System(residual, symmetric, options, report, saddle)
+    system = _System(residual, symmetric, options, report, saddle, near_inverse)
     constant = residual(v)
     once: Tensor = _Root.apply(constant, v, system)
     if not once.requires_grad:
