@@ -13,7 +13,7 @@ from benchmarks.families import Problem
 from benchmarks.paper import paper
 from implicitopt import SQP, Adaptive, Joint, OneShot
 
-__all__ = ["MAX_STEPS", "SOLVERS", "Found", "medians", "table"]
+__all__ = ["Found", "medians", "table"]
 
 TOL, MAX_STEPS = 1e-6, 400
 SOLVERS: dict[str, Callable[[], Any]] = {

@@ -21,6 +21,7 @@ The contestants:
     picard        Joint without acceleration, damped
     paper         Joint with the paper's settings: type I without ridge, α_z = .8, α_μ = .6
     one-shot      OneShot()
+    sqp           SQP(): fewest sweeps, and more work of its own
     nested-adam   Adam on the codes, equilibrium and adjoint solved for at each update: best rate
     nested-lbfgs  L-BFGS with a line search instead, one image at a time: it would couple a batch
 
@@ -47,11 +48,11 @@ from generators.pictures import progress
 from generators.pretrained import device, generator, read_models
 from generators.race import true_loss
 from generators.reading import read_images
-from implicitopt import Anderson, Broyden, Joint, Nested, OneShot, Picard
+from implicitopt import SQP, Anderson, Broyden, Joint, Nested, OneShot, Picard
 
 CONTESTANTS = (
-    "default", "anderson-1", "anderson-2", "broyden", "picard", "paper", "one-shot", "nested-adam",
-    "nested-lbfgs",
+    "default", "anderson-1", "anderson-2", "broyden", "picard", "paper", "one-shot", "sqp",
+    "nested-adam", "nested-lbfgs",
 )  # fmt: skip
 NEAR = 1.05  # times the lowest loss of all is near it
 
@@ -138,6 +139,7 @@ def entrants(settings: Settings) -> dict[str, list[Contestant]]:
         "picard": Joint(Picard(settings.damping)),
         "paper": solver("paper", memory=settings.memory, x=settings.step_size),
         "one-shot": OneShot(),
+        "sqp": SQP(),
     }
     made = {name: [Contestant(name, s, settings.sweeps)] for name, s in joint.items()}
     inner = settings.inner_steps

@@ -64,20 +64,22 @@ class Trail:
         forward solve in the backward one, SHINE (Ramzi et al. 2022), where nothing corrects it.
         """
         s, y = self.ring.unbind(2)
-        unit = torch.linalg.vector_norm(s, dim=2, dtype=torch.float64).reciprocal()
-        unit = torch.where(unit < math.inf, unit, 0.0)
+        length = torch.linalg.vector_norm(s, dim=2, dtype=torch.float64)
+        counts = length > torch.finfo(s.dtype).tiny ** 0.5  # its products do not underflow
+        unit = torch.where(counts, 1 / length, 0.0)
         by_unit = unit[:, :, None] * unit[:, None]
         gram = _products(y, y) * by_unit
         most = gram.diagonal(dim1=1, dim2=2).amax(dim=1, keepdim=True)
         gram.diagonal(dim1=1, dim2=2).add_(torch.where(most > 0, RIDGE * most, 1.0))
-        inverse = torch.linalg.inv_ex(gram)[0] * by_unit
+        inverse, _ = torch.linalg.inv_ex(gram)
         use = settled & (self._asymmetry(by_unit) <= SYMMETRIC) & inverse.isfinite().all(dim=(1, 2))
-        inverse = torch.where(use[:, None, None], inverse, 0.0).to(self.ring.dtype)
-        both = self.ring.flatten(1, 2)
+        inverse = torch.where(use[:, None, None], inverse, 0.0)
+        unit, both = unit[:, None], self.ring.flatten(1, 2)
 
         def apply(w: Tensor) -> Tensor:
             row = w[:, None].to(both.dtype)
-            c = torch.bmm(torch.bmm(row, y.mT), inverse).repeat_interleave(2, dim=2)
+            c = torch.bmm(_products(row, y) * unit, inverse) * unit
+            c = c.to(both.dtype).repeat_interleave(2, dim=2)  # of s and of y
             return torch.baddbmm(row, c, both, beta=-1)[:, 0].to(w.dtype)
 
         return apply
@@ -97,5 +99,5 @@ class Trail:
 
 
 def _products(a: Tensor, b: Tensor) -> Tensor:
-    """⟨a_i, b_j⟩, ``(B, m, N), (B, m, N) -> (B, m, m)``, float64."""
+    """⟨a_i, b_j⟩, ``(B, k, N), (B, m, N) -> (B, k, m)``, float64."""
     return torch.bmm(a, b.mT).double()

@@ -148,6 +148,7 @@ def test_gradients_of_smooth_problems(problem):
     assert row["adjoint_residual"] <= case.tol
     assert row["envelope_error"] < 1e-5
     assert row["implicit_error"] < 1e-5
+    assert row["adjoint_products"] < row["adjoint_products_alone"]
     assert row["seconds"].keys() >= {"sweep", "solve", "envelope", "implicit"}
     shown = gradients.table({"a problem": row})
     assert f"| a problem | {row['solve_sweeps']} | " in shown
@@ -180,6 +181,7 @@ def test_gradients_of_a_decoder():
     assert row["adjoint_status"] == {"CONVERGED": 2}
     assert row["adjoint_residual"] <= case.tol
     assert row["implicit_error"] < 1e-5
+    assert row["adjoint_products"] < row["adjoint_products_alone"]
     assert row["envelope_error"] is None
 
 

@@ -11,7 +11,7 @@ import torch
 import implicitopt
 
 #: The values of ``--solver``.
-SOLVERS = ("default", "joint", "one-shot", "paper", "nested-adam", "nested-pgd")
+SOLVERS = ("default", "joint", "one-shot", "sqp", "paper", "nested-adam", "nested-pgd")
 
 
 def mnist_steps(step: int) -> float:
@@ -37,6 +37,7 @@ def solver(
         "default": None,
         "joint": implicitopt.Joint(implicitopt.Anderson(memory=memory)),
         "one-shot": implicitopt.OneShot(),
+        "sqp": implicitopt.SQP(),
         "paper": paper,
         "nested-adam": implicitopt.Nested(partial(torch.optim.Adam, lr=0.1)),
         "nested-pgd": implicitopt.Nested(partial(implicitopt.ProjectedGradient, lr=0.2)),
