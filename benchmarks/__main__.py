@@ -4,7 +4,8 @@ Parts: profile (sweeps and seconds to a target, over all problems), adam (agains
 the paper's iteration on trained decoders), budgets (what few sweeps come to), units (what the units
 of x and of the loss matter), attacks (on a classifier, within bounds), shears (maps far from
 normal), sharp (losses that bend sharply), overhead (a step over a bare sweep), memory (the same),
-stragglers (a batch with one hard problem), warm (what warm starts save), gradients, peers, gpu.
+stragglers (a batch with one hard problem), warm (what warm starts save), gradients, recycle (what a
+solve's differences spare its backward pass), peers, gpu.
 Prints each table and writes results.json and profile.png to --out.
 """
 
@@ -28,7 +29,7 @@ from benchmarks.problems import problems
 SHARED = ("profile", "adam", "budgets")
 OWN = (
     "units", "attacks", "shears", "sharp", "overhead", "memory", "stragglers", "warm", "gradients",
-    "peers", "gpu",
+    "recycle", "peers", "gpu",
 )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import torch
 from families import F64, LinearQuadratic
 
 import implicitopt
+from benchmarks import recycle
 from benchmarks.families import tanh
 from implicitopt import Implicit, Joint, L2Ball, OneShot, solve
 from implicitopt.iteration import iterate
@@ -98,13 +99,13 @@ def test_what_is_not_finite_or_has_finished_leaves_no_difference():
     assert torch.equal(trail.ring[2], torch.zeros(4, 2, 5))
 
 
-def gradient(recycle, solver=None, **options):
+def gradient(kept, solver=None, **options):
     """Of ‖x*‖² in a shift of the map, and the report of its backward solve."""
     f, loss, x0, z0 = tanh("gauss")
     shift = torch.zeros_like(z0[0]).requires_grad_()
     sol = solve(
         lambda z, x: f(z, x) + shift, loss, x0, z0, solver=solver, tol=1e-8,
-        adjoint=Implicit(recycle=recycle), max_steps=300, **options,
+        adjoint=Implicit(recycle=kept), max_steps=300, **options,
     )  # fmt: skip
     assert sol.converged.all()
     (grad,) = torch.autograd.grad(sol.x.square().sum(), shift)
@@ -126,16 +127,34 @@ def test_problems_that_did_not_converge_go_without_it():
     f, loss, x0, z0 = tanh("gauss")
     shift = torch.zeros_like(z0[0]).requires_grad_()
     found = []
-    for recycle in (0, 20):
+    for kept in (0, 20):
         sol = solve(
             lambda z, x: f(z, x) + shift, loss, x0, z0, max_steps=25,
-            adjoint=Implicit(recycle=recycle, tol=1e-6),
+            adjoint=Implicit(recycle=kept, tol=1e-6),
         )  # fmt: skip
         assert not sol.converged.any()
         (grad,) = torch.autograd.grad(sol.x.sum(), shift)
         found.append((grad, sol.adjoint.steps))
     assert torch.equal(found[0][1], found[1][1])
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-9, atol=1e-12)
+
+
+def test_what_it_spares_is_shown_by_kind_of_problem():
+    found = {
+        "tanh, one, to 1e-06": {"without": [10, 40], "with": [6, 41]},
+        "tanh, two, to 1e-06": {"without": [20], "with": [9]},
+        "linear, to 0.001": {"without": [7], "with": [7]},
+    }
+    *_, smooth, linear = recycle.table(found).splitlines()
+    cells = [cell.strip() for cell in smooth.split("|")[1:-1]]
+    assert cells == ["tanh, to 1e-06", "3", "20", "9", "30", "25", "+1"]
+    assert linear.split("|")[-2].strip() == "+0"
+    quick = recycle.measure(quick=True, bar=lambda names, desc: names)
+    assert all(
+        after <= before
+        for row in quick.values()
+        for before, after in zip(row["without"], row["with"], strict=True)
+    )
 
 
 def test_it_is_kept_only_where_it_is_used():
