@@ -33,9 +33,13 @@ def autocast_as_now(device: torch.device) -> Scope:
 
 
 def precision(like: Tensor) -> torch.dtype:
-    """In which products with ``like`` are formed here: autocast may make it a coarser one."""
+    """In which products with ``like`` are formed here: autocast may make it a coarser one.
+
+    Not of float64, which it leaves alone.
+    """
     kind = like.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+    available = torch.amp.is_autocast_available(kind) and like.dtype != torch.float64
+    if available and torch.is_autocast_enabled(kind):
         return min(like.dtype, torch.get_autocast_dtype(kind), key=lambda dtype: dtype.itemsize)
     return like.dtype
 

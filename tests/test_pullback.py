@@ -229,6 +229,25 @@ def test_a_gradient_may_be_taken_under_autocast():
     torch.testing.assert_close(gradient(True), gradient(False), rtol=3e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "reached"), [(torch.float64, 1e-10), (torch.float32, 1e-2)], ids=["f64", "f32"]
+)
+def test_a_backward_solve_asks_for_what_autocast_leaves_to_reach(dtype, reached):
+    """Which does not touch float64."""
+    A, target = (part.to(dtype) for part in tanh_problem())
+    scale = torch.ones((), dtype=dtype, requires_grad=True)
+    sol = implicitopt.solve(
+        lambda z, x: torch.tanh(scale * (z @ A) + x),
+        lambda z, x: (z - target).square().sum(-1) + 0.1 * x.square().sum(-1),
+        torch.zeros(4, 5, dtype=dtype), adjoint=implicitopt.Implicit(), tol=1e-5,
+    )  # fmt: skip
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.autograd.grad(sol.x.square().sum(), scale)
+    assert (sol.adjoint.status == 0).all()
+    assert sol.adjoint.residual.max() <= reached
+    assert reached == 1e-10 or sol.adjoint.residual.max() > 1e-5
+
+
 @pytest.mark.skipif(not hasattr(torch.compiler, "set_stance"), reason="needs torch 2.6")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo's own look at it
 def test_a_compiled_map_runs_compiled():
