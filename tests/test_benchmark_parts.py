@@ -181,7 +181,8 @@ def test_gradients_of_a_decoder():
     assert row["adjoint_status"] == {"CONVERGED": 2}
     assert row["adjoint_residual"] <= case.tol
     assert row["implicit_error"] < 1e-5
-    assert row["adjoint_products"] < row["adjoint_products_alone"]
+    # The solve is cut short, and nothing of it recycled.
+    assert abs(row["adjoint_products"] - row["adjoint_products_alone"]) <= 1
     assert row["envelope_error"] is None
 
 
