@@ -24,6 +24,7 @@ def quickstart(*options: str, out: Path, timeout: float) -> tuple[str, dict]:
     return done.stdout, json.loads((out / "results.json").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_a_short_run_trains_and_writes_its_picture_and_numbers(tmp_path):
     printed, results = quickstart(
         "--steps=20", "--batch=32", "--images=8", "--nested-steps=2", out=tmp_path, timeout=120

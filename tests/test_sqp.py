@@ -265,6 +265,7 @@ def test_options_are_checked(options):
         SQP(**options)
 
 
+@pytest.mark.slow
 def test_adaptive_takes_it_and_nothing_else():
     with pytest.raises(TypeError, match=r"Adaptive joint must be Joint\(...\) or SQP\(...\)"):
         Adaptive(OneShot())
