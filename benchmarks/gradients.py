@@ -180,9 +180,11 @@ def measure_case(case: Case, *, repeats: int) -> dict:
 
     start = forward()
     implicit = case.solve(adjoint=Implicit(tol=case.tol))
-    alone = case.solve(adjoint=Implicit(tol=case.tol, recycle=0))
-    # Warm-started at its solution, so that it is attached at the same point.
-    envelope = case.solve(max_steps=1, warm_start=implicit, adjoint=Envelope())
+    # Warm-started at its solution, so that they are attached at the same point.
+    envelope, alone = (
+        case.solve(max_steps=1, warm_start=implicit, adjoint=a)
+        for a in (Envelope(), Implicit(tol=case.tol, recycle=0))
+    )
     point = tuple(block.detach() for block in (implicit.z, implicit.mu, implicit.x))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AdjointWarning)  # the status is in the results

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from implicitopt.accelerators.anderson import products_with
 from implicitopt.kkt import Point, choose, norm
 
 __all__ = ["Trail"]
@@ -68,7 +69,7 @@ class Trail:
         counts = length > torch.finfo(s.dtype).tiny ** 0.5  # its products do not underflow
         unit = torch.where(counts, 1 / length, 0.0)
         by_unit = unit[:, :, None] * unit[:, None]
-        gram = _products(y, y) * by_unit
+        gram = products_with(y, y) * by_unit
         most = gram.diagonal(dim1=1, dim2=2).amax(dim=1, keepdim=True)
         gram.diagonal(dim1=1, dim2=2).add_(torch.where(most > 0, RIDGE * most, 1.0))
         inverse, _ = torch.linalg.inv_ex(gram)
@@ -78,7 +79,7 @@ class Trail:
 
         def apply(w: Tensor) -> Tensor:
             row = w[:, None].to(both.dtype)
-            c = torch.bmm(_products(row, y) * unit, inverse) * unit
+            c = torch.bmm(products_with(y, row) * unit, inverse) * unit
             c = c.to(both.dtype).repeat_interleave(2, dim=2)  # of s and of y
             return torch.baddbmm(row, c, both, beta=-1)[:, 0].to(w.dtype)
 
@@ -91,13 +92,9 @@ class Trail:
             for block in self.ring.unbind(2)
         )
         # H s is (μ⁺ − μ, f − z, ∇ₓL) of what r is (f − z, μ⁺ − μ, −∇ₓL) of.
-        w = (_products(s_z, y_mu) + _products(s_mu, y_z) - _products(s_x, y_x)) * by_unit
+        w = products_with(y_mu, s_z) + products_with(y_z, s_mu) - products_with(y_x, s_x)
+        w = w * by_unit
         slots = torch.arange(w.shape[1], device=w.device)
         new = (self.count[:, None] - 1 - slots) % w.shape[1] < NEWEST
         w = torch.where(new[:, :, None] & new[:, None], w, 0.0)
         return norm((w - w.mT).flatten(1)) / (2 * norm(w.flatten(1)))
-
-
-def _products(a: Tensor, b: Tensor) -> Tensor:
-    """⟨a_i, b_j⟩, ``(B, k, N), (B, m, N) -> (B, k, m)``, float64."""
-    return torch.bmm(a, b.mT).double()

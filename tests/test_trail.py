@@ -16,11 +16,11 @@ from implicitopt.trail import Trail
 
 
 @torch.no_grad()
-def run(problem, keep, **options):
+def run(problem, keep):
     """The system, and the outcome of a solve that keeps so many differences."""
     kkt, start, _ = _prepare(*problem, None, False, None)
-    options = {"max_steps": 200, "tol": 1e-9, "rule": Best(), **options}
-    return kkt, iterate(kkt, Joint(), start, keep=keep, **options)
+    outcome = iterate(kkt, Joint(), start, max_steps=200, tol=1e-9, rule=Best(), keep=keep)
+    return kkt, outcome
 
 
 def jacobians(kkt, point):
@@ -99,13 +99,13 @@ def test_what_is_not_finite_or_has_finished_leaves_no_difference():
     assert torch.equal(trail.ring[2], torch.zeros(4, 2, 5))
 
 
-def gradient(kept, solver=None, **options):
+def gradient(kept, solver):
     """Of ‖x*‖² in a shift of the map, and the report of its backward solve."""
     f, loss, x0, z0 = tanh("gauss")
     shift = torch.zeros_like(z0[0]).requires_grad_()
     sol = solve(
         lambda z, x: f(z, x) + shift, loss, x0, z0, solver=solver, tol=1e-8,
-        adjoint=Implicit(recycle=kept), max_steps=300, **options,
+        adjoint=Implicit(recycle=kept), max_steps=300,
     )  # fmt: skip
     assert sol.converged.all()
     (grad,) = torch.autograd.grad(sol.x.square().sum(), shift)
