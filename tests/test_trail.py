@@ -38,10 +38,11 @@ def test_on_what_the_differences_span_it_is_the_inverse():
     f, loss, x0, z0 = tanh("gauss")
     kkt, outcome = run((f, loss, x0, z0), 30)
     A = jacobians(kkt, outcome.point)
+    secants = outcome.trail.secants
     apply = outcome.trail.inverse(torch.ones(len(x0), dtype=torch.bool))
     for age in range(5):  # the newest, of which A is that of the solution
-        slot = (outcome.trail.count - 1 - age) % 30
-        s, y = outcome.trail.ring[torch.arange(len(x0)), slot].unbind(1)
+        slot = (secants.count - 1 - age) % 30
+        s, y = (ring[torch.arange(len(x0)), slot] for ring in secants.rings)
         assert ((A @ s[..., None])[..., 0] - y).norm(dim=1).div(y.norm(dim=1)).max() < 1e-2
         off = (apply(y) - s).norm(dim=1) / s.norm(dim=1)
         assert off.median() < 0.05
@@ -93,10 +94,11 @@ def test_what_is_not_finite_or_has_finished_leaves_no_difference():
         if step == 1:
             r[1, 0] = torch.nan
         trail.push(Point.split(v, 2), r, moving)
-    assert trail.count.tolist() == [3, 2, 0]  # the second: 0 to 2, and 2 to 3
-    assert trail.ring[1, 0].unique().tolist() == [2.0]
-    assert trail.ring.isfinite().all()
-    assert torch.equal(trail.ring[2], torch.zeros(4, 2, 5))
+    assert trail.secants.count.tolist() == [3, 2, 0]  # the second: 0 to 2, and 2 to 3
+    for ring in trail.secants.rings:
+        assert ring[1, 0].unique().tolist() == [2.0]
+        assert ring.isfinite().all()
+        assert torch.equal(ring[2], torch.zeros(4, 5))
 
 
 def gradient(kept, solver):
