@@ -29,7 +29,8 @@ BOUNDS: dict[str, Callable[[Tensor], Callable[[Tensor], Tensor]]] = {
     "[0, 1]": lambda x: Box(0.0, 1.0),
 }
 SOLVERS: dict[str, Callable[[], Any]] = {
-    "default": Adaptive, "SQP": SQP, "OneShot": OneShot, "paper": lambda: paper(damped=False),
+    "default": Adaptive, "SQP": SQP, "Adaptive(SQP())": lambda: Adaptive(SQP()),
+    "OneShot": OneShot, "paper": lambda: paper(damped=False),
 }  # fmt: skip
 
 

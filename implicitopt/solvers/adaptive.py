@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,12 +13,12 @@ from implicitopt.kkt import KKT, Point, Sweep, choose, norm
 from implicitopt.options import check_option
 from implicitopt.rows import take
 from implicitopt.solvers.joint import Joint
-from implicitopt.solvers.one_shot import OneShot, OneShotState
+from implicitopt.solvers.one_shot import OneShot
 from implicitopt.solvers.sqp import SQP
 
 __all__ = ["Adaptive", "AdaptiveState"]
 
-#: A problem stays with the joint iteration while each ``patience`` steps bring its lowest KKT
+#: A problem stays with a solver while each ``patience`` steps bring its lowest KKT
 #: residual below this share of what it was.
 SHARE = 0.5
 #: A state residual at which an iterate's score means something here. Farther from any equilibrium,
@@ -36,7 +37,8 @@ class Adaptive:
     none was small yet); the others, and its neighbours, do not notice.
 
     Args:
-        joint: ``Joint(...)``, or ``SQP(...)``, for fewer sweeps and more work of its own a sweep.
+        joint: ``Joint(...)``, or ``SQP(...)``, for fewer sweeps and more work of its own a sweep;
+            what that makes no headway on goes to ``Joint()`` first, and then to ``one_shot``.
         one_shot: ``OneShot(...)``.
         patience: steps between looks; the first one comes after two of them.
 
@@ -74,66 +76,82 @@ class Adaptive:
         """Every sweep is a step."""
         return 0
 
+    @property
+    def solvers(self) -> tuple[Any, ...]:
+        """In the order in which a problem comes to them."""
+        between = (Joint(),) if isinstance(self.joint, SQP) else ()
+        return (self.joint, *between, self.one_shot)
+
     def init(self, kkt: KKT, start: Point) -> tuple[Point, AdaptiveState]:
-        _, joint = self.joint.init(kkt, start)
-        infinite = torch.full_like(norm(start.x), float("inf"))
-        none = torch.zeros_like(infinite, dtype=torch.bool)
-        return start, AdaptiveState(joint, start, infinite, infinite, infinite, infinite, none)
+        first, *others = self.solvers
+        states = [first.init(kkt, start)[1], *(None for _ in others)]
+        infinite = torch.full_like(norm(start.x), math.inf)
+        at_first = torch.zeros_like(infinite, dtype=torch.int64)
+        return start, AdaptiveState(states, at_first, start, infinite, infinite, infinite, infinite)
 
     def step(
         self, kkt: KKT, point: Point, sweep: Sweep, state: AdaptiveState
     ) -> tuple[Point, AdaptiveState]:
         state.count += 1
         state.look(point, sweep)
-        moved, state.joint = self.joint.step(kkt, point, sweep, state.joint)
-        if state.one_shot is not None:
-            other, state.one_shot = self.one_shot.step(kkt, point, sweep, state.one_shot)
-            moved = choose(state.descending, other, moved)
+        moved = point
+        for at, solver in enumerate(self.solvers):
+            if state.states[at] is not None:
+                found, state.states[at] = solver.step(kkt, point, sweep, state.states[at])
+                moved = choose(state.solver == at, found, moved)
         if state.count % self.patience == 0:
-            moved = self._choose(kkt, moved, state)
+            moved = self._choose(moved, state)
         return moved, state
 
-    def _choose(self, kkt: KKT, moved: Point, state: AdaptiveState) -> Point:
-        """Send the problems without headway over to the one-shot iteration."""
-        stuck = ~state.descending & (state.lowest > SHARE * state.before)
-        state.before = state.lowest
+    def _choose(self, moved: Point, state: AdaptiveState) -> Point:
+        """Send the problems without headway over to their next solver."""
+        solvers, states = self.solvers, state.states
+        stuck = (state.solver < len(solvers) - 1) & (state.lowest > SHARE * state.before)
         if not bool(stuck.any()):  # a host sync, every ``patience`` steps
+            state.before = state.lowest
             return moved
-        if state.one_shot is None:
-            state.one_shot = self.one_shot.join(state.best, state.count)
-        state.one_shot = self.one_shot.enter(state.one_shot, stuck, state.best)
-        state.descending = state.descending | stuck
+        state.solver = state.solver + stuck.long()
+        state.lowest = torch.where(stuck, math.inf, state.lowest)
+        state.before = state.lowest
+        for at, solver in enumerate(solvers):
+            enter = stuck & (state.solver == at)
+            if not bool(enter.any()):
+                continue
+            if states[at] is None:
+                states[at] = solver.join(state.best, state.count)
+            if isinstance(solver, Joint):  # after SQP
+                states[at] = solver.enter(states[at], enter, states[0].alpha)
+            else:
+                states[at] = solver.enter(states[at], enter, state.best)
         return choose(stuck, state.best, moved)
 
     def restart(self, state: AdaptiveState, mask: Tensor) -> AdaptiveState:
-        state.joint = self.joint.restart(state.joint, mask)
-        if state.one_shot is not None:
-            state.one_shot = self.one_shot.restart(state.one_shot, mask)
+        for at, solver in enumerate(self.solvers):
+            if state.states[at] is not None:
+                state.states[at] = solver.restart(state.states[at], mask)
         return state
 
     def take(self, state: AdaptiveState, rows: Tensor) -> AdaptiveState:
         """The state of the problems ``rows`` alone."""
-        joint = self.joint.take(state.joint, rows)
-        other = state.one_shot
-        alone: Any = replace(state, joint=None, one_shot=None)
-        part: AdaptiveState = take(alone, rows)
-        return replace(
-            part, joint=joint, one_shot=None if other is None else self.one_shot.take(other, rows)
-        )
+        states = [
+            None if each is None else solver.take(each, rows)
+            for solver, each in zip(self.solvers, state.states, strict=True)
+        ]
+        alone = replace(state, states=[])
+        return replace(take(alone, rows), states=states)
 
 
 @dataclass
 class AdaptiveState:
-    """Both solvers' states, and per problem what the choice between them needs."""
+    """The solvers' states, and per problem what the choice between them needs."""
 
-    joint: Any  # that of its solver
+    states: list[Any]  # of each solver; None until a problem comes to it
+    solver: Tensor  # (B,) which of them the problem is with
     best: Point  # lowest score so far at a small state residual; before that, the smallest residual
     score: Tensor  # its score
     off: Tensor  # its state residual
-    lowest: Tensor  # lowest KKT residual so far
+    lowest: Tensor  # lowest KKT residual of this solver so far
     before: Tensor  # ``lowest`` at the last look
-    descending: Tensor  # (B,) bool: gone over to the one-shot iteration
-    one_shot: OneShotState | None = None  # made when the first problem goes over
     count: int = 0
 
     def look(self, point: Point, sweep: Sweep) -> None:

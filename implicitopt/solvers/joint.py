@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicitopt.accelerators.anderson import Anderson
+from implicitopt.accelerators.anderson import Anderson, AndersonState
 from implicitopt.accelerators.protocol import (
     Accelerator,
     Restartable,
@@ -21,7 +21,7 @@ from implicitopt.accelerators.protocol import (
 from implicitopt.kkt import KKT, Point, Sweep, choose, norm, some
 from implicitopt.options import check_option
 from implicitopt.rows import take
-from implicitopt.solvers.step_size import WARMUP, StepSize
+from implicitopt.solvers.step_size import LOOKS, WARMUP, StepSize
 
 __all__ = ["Joint", "StepSizes"]
 
@@ -29,6 +29,8 @@ __all__ = ["Joint", "StepSizes"]
 REACH = 0.25
 #: A step beyond that may still be this share of the plain one.
 SHARE_OF_PLAIN = 0.5
+#: Steps after which the step size in x is no longer looked at.
+SETTLED = LOOKS[-1] + 1
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,22 @@ class Joint:
 
     def restart(self, state: JointState, mask: Tensor) -> JointState:
         state.size.restart(mask)
+        self._forget(state, mask)
+        return state
+
+    def join(self, start: Point, steps: int) -> JointState:
+        """A state for problems that will ``enter`` it, after ``steps`` of another solver.
+
+        What becomes of one does not depend on whether it, or a neighbour before it, had this made.
+        """
+        inner = self.accelerator.init(start.joined())
+        if isinstance(inner, AndersonState):
+            inner.age(steps)
+        return JointState(StepSize.at(start), inner, SETTLED)
+
+    def enter(self, state: JointState, mask: Tensor, alpha: Tensor) -> JointState:
+        """Begin anew, for the problems in ``mask``, with ``alpha``, ``(B, 1)``."""
+        state.size.alpha = torch.where(mask[:, None], alpha, state.size.alpha)
         self._forget(state, mask)
         return state
 

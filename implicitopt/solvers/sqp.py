@@ -190,6 +190,11 @@ class SQPState:
         secants = KKTSecants.empty(start, memory)
         return cls(StepSize.at(start), secants, trust=whole, made=whole, residual=none)
 
+    @property
+    def alpha(self) -> Tensor:
+        """The step size in x, in its own units, ``(B, 1)``."""
+        return self.size.alpha / self.secants.tau.to(self.size.alpha.dtype).square()
+
     def judge(self, plain: Point) -> None:
         """Trust steps less if the last one made the residual larger, and more if it did not.
 
