@@ -65,7 +65,10 @@ def by_plain_iteration(decoder, target, codes) -> float:
     return (error + DECAY / 2 * codes.norm(dim=1) ** 2).mean().item()
 
 
-@pytest.mark.parametrize("name", CONTESTANTS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * n.startswith("nested")) for n in CONTESTANTS],
+)
 def test_losses_are_those_of_the_codes_after_a_long_plain_iteration(name):
     decoder, target = problems()
     contestant = entrant(name)

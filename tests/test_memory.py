@@ -20,7 +20,10 @@ FEW = 6  # sweeps: a solution is not needed here, only all that a solve makes
 def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # what was there before takes a second to go through, each time
     yield
+    gc.unfreeze()
     torch.set_num_threads(threads)
 
 

@@ -239,7 +239,9 @@ def test_maps_far_from_normal_are_found_to_be_linear(n, norm, most):
     assert sol.steps.median() <= most
 
 
-@pytest.mark.parametrize("loss", ["softmax of 5 (z − y)", "fourth power"])
+@pytest.mark.parametrize(
+    "loss", ["softmax of 5 (z − y)", pytest.param("fourth power", marks=pytest.mark.slow)]
+)
 def test_a_linear_map_does_not_make_its_loss_quadratic(loss):
     """Steps as long as the map allows threw these out again and again, up to half of them."""
     sol = solve(*sharp(loss, 30, 8), solver=SQP(), max_steps=300)
@@ -272,6 +274,14 @@ def test_adaptive_takes_it_and_nothing_else():
     problem = tanh("gauss", reachable=False, lam=0.01, scale=1.0)
     sweeps = count(problem, Adaptive(SQP()))
     assert sweeps.count(None) <= 1
+
+
+def test_what_it_does_not_settle_goes_to_the_joint_iteration():
+    """Neither it nor one-shot descent solves any of these."""
+    problem = shear(20, 10.0)
+    assert not solve(*problem, solver=SQP(), max_steps=130).converged.any()
+    sol = solve(*problem, solver=Adaptive(SQP()), max_steps=200)
+    assert sol.converged.sum() >= 14
 
 
 def test_float32_windows_of_more_than_2048_unknowns():

@@ -323,6 +323,7 @@ def assert_kills_do_not_matter(folder: Path, points: list[int]) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_ends_with_the_same_weights(tmp_path):
     assert_kills_do_not_matter(tmp_path, [3, 12])
 
