@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from implicitopt.accelerators.anderson import window
-from implicitopt.kkt import KKT, Point, Sweep, norm
+from implicitopt.kkt import KKT, Point, Sweep, choose, norm
 from implicitopt.options import check_option
 from implicitopt.rows import take
 from implicitopt.solvers.joint import SHARE_OF_PLAIN
@@ -121,7 +121,8 @@ class SQP:
         model = Model(secants, sweep, state.size.alpha)
         reach = self.reach * secants.size
         limit = state.trust * reach / secants.curved.amax(dim=1).sqrt()
-        longest = torch.maximum(limit, SHARE_OF_PLAIN * _norm(*plain))
+        plain_length = _norm(*plain)
+        longest = torch.maximum(limit, SHARE_OF_PLAIN * plain_length)
         found = model.solve(point.x, kkt.project)
         here, share = sweep.loss_grad, _share(found, longest)
         assert here is not None
@@ -130,11 +131,12 @@ class SQP:
         model.probe((s_z, s_x), (there[0] - here[0], (there[1] - here[1]) / tau))
         found = model.solve(point.x, kkt.project)
         step = model.step(found, _share(found, longest))
-        sound = (_norm(*step) < math.inf)[:, None]
-        step = Point(*(torch.where(sound, a, b) for a, b in zip(step, plain, strict=True)))
-        step = Point(*_cut(step, longest))
-        state.made = _norm(*step) / reach
-        return step
+        length = _norm(*step)
+        sound = length < math.inf
+        step, length = choose(sound, (step, length), (plain, plain_length))
+        share = torch.where(length > longest, longest / length, 1.0)
+        state.made = share * length / reach
+        return Point(*(share[:, None].to(block.dtype) * block for block in step))
 
     def restart(self, state: SQPState, mask: Tensor) -> SQPState:
         """Start over, for the problems in ``mask``, with a quarter of step size and reach."""
