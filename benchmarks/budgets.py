@@ -15,12 +15,14 @@ from tabulate import tabulate
 
 from benchmarks.problems import Setting
 from benchmarks.profile import losses, run
-from implicitopt import Best, Last, OneShot, PaperRule
+from implicitopt import SQP, Best, Last, OneShot, PaperRule
 
 __all__ = ["measure", "table"]
 
 BUDGETS = (5, 10, 15, 20, 30)
-SOLVERS: dict[str, Callable[[], Any]] = {"default": lambda: None, "OneShot": OneShot}
+SOLVERS: dict[str, Callable[[], Any]] = {
+    "default": lambda: None, "SQP": SQP, "OneShot": OneShot,
+}  # fmt: skip
 RULES = {"best": Best(), "best, small 0.03": Best(small=0.03), "last": Last(), "paper": PaperRule()}
 
 

@@ -95,8 +95,11 @@ class Residuals(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """What residuals are relative to, each ``(B,)``."""
+    """Of a point, each ``(B,)``: its blocks' norms, and what residuals are relative to."""
 
+    z: Tensor
+    mu: Tensor
+    x: Tensor
     state: Tensor  #: 1 + ‖(z, x)‖
     whole: Tensor  #: 1 + ‖(z, μ, x)‖
 
@@ -286,12 +289,12 @@ class KKT:
         return x if self.project is None else self.project(x)
 
     def sizes(self, point: Point) -> Sizes:
-        """What residuals at the point are relative to."""
+        """The point's norms, and what residuals there are relative to."""
         z, mu, x = map(norm, point)
         state = torch.hypot(z, x)
         whole = 1 + torch.hypot(state, mu)
         # A norm that overflows would hide every residual: 0·∞ is NaN, and the point non-finite.
-        return Sizes(1 + state, whole + 0 * whole)
+        return Sizes(z, mu, x, 1 + state, whole + 0 * whole)
 
     def gradient(self, point: Point) -> Point:
         """The KKT map ∇L as a differentiable function of the point and of everything f and ℓ read.

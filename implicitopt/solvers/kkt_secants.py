@@ -98,7 +98,7 @@ class KKTSecants:
         now = tuple(block.to(self.states.dtype) for block in found)
         if self.pushed == 0 and self.last is not None:
             self.tau = _units(now[1] - self.last[1], now[6] - self.last[6])
-        z, mu, x = (norm(block).double() for block in point)
+        z, mu, x = (size.double() for size in sweep.sizes[:3])
         primal = torch.hypot(z, self.tau[:, 0] * x)
         self.size, self.ratio = 1 + torch.hypot(primal, mu), (1 + primal) / mu
         if self.last is not None:

@@ -96,8 +96,11 @@ class SQP:
             scaled = point._replace(x=tau * point.x), sweep._replace(grad=sweep.grad / tau)
             state.size.fit(*scaled)
         plain = self._plain(kkt, point, sweep, state)
-        state.judge(plain)
-        move = plain if warming else self._newton(kkt, point, sweep, state, plain)
+        off, down = _norm(plain.z, plain.mu), norm(plain.x)
+        state.judge(torch.hypot(off, down / state.size.alpha[:, 0]))
+        move = plain
+        if not warming:
+            move = self._newton(kkt, point, sweep, state, plain, torch.hypot(off, down))
         moved = Point(point.z + move.z, point.mu + move.mu, point.x + move.x / tau)
         if kkt.project is not None:  # by rounding, and where C is not convex
             moved = moved._replace(x=kkt.constrain(moved.x))
@@ -114,15 +117,19 @@ class SQP:
             down = tau * (kkt.constrain(point.x + down / tau) - point.x)
         return Point(off, adjoint_off, down)
 
-    def _newton(self, kkt: KKT, point: Point, sweep: Sweep, state: SQPState, plain: Point) -> Point:
-        """The model's step, cut per problem where it is too long; the plain one where none is."""
+    def _newton(
+        self, kkt: KKT, point: Point, sweep: Sweep, state: SQPState, plain: Point, length: Tensor
+    ) -> Point:
+        """The model's step, cut per problem where it is too long; the plain one where none is.
+
+        ``length``: of the plain step, ``(B,)``.
+        """
         secants = state.secants
         tau = secants.tau.to(point.x.dtype)
         model = Model(secants, sweep, state.size.alpha)
         reach = self.reach * secants.size
         limit = state.trust * reach / secants.curved.amax(dim=1).sqrt()
-        plain_length = _norm(*plain)
-        longest = torch.maximum(limit, SHARE_OF_PLAIN * plain_length)
+        longest = torch.maximum(limit, SHARE_OF_PLAIN * length)
         found = model.solve(point.x, kkt.project)
         here, share = sweep.loss_grad, _share(found, longest)
         assert here is not None
@@ -131,9 +138,9 @@ class SQP:
         model.probe((s_z, s_x), (there[0] - here[0], (there[1] - here[1]) / tau))
         found = model.solve(point.x, kkt.project)
         step = model.step(found, _share(found, longest))
-        length = _norm(*step)
-        sound = length < math.inf
-        step, length = choose(sound, (step, length), (plain, plain_length))
+        found_length = _norm(*step)
+        sound = found_length < math.inf
+        step, length = choose(sound, (step, found_length), (plain, length))
         share = torch.where(length > longest, longest / length, 1.0)
         state.made = share * length / reach
         return Point(*(share[:, None].to(block.dtype) * block for block in step))
@@ -197,13 +204,12 @@ class SQPState:
         """The step size in x, in its own units, ``(B, 1)``."""
         return self.size.alpha / self.secants.tau.to(self.size.alpha.dtype).square()
 
-    def judge(self, plain: Point) -> None:
+    def judge(self, residual: Tensor) -> None:
         """Trust steps less if the last one made the residual larger, and more if it did not.
 
         Where it is the loss that bends, less far than the last one went. Where it is f, the
         residual has to grow on many ways to a solution.
         """
-        residual = _norm(plain.z, plain.mu, plain.x / self.size.alpha)
         made = self.made / self.secants.curved[:, 1].sqrt()
         shorter = SHORTER * torch.minimum(self.trust, made)
         trust = torch.where(residual > self.residual, shorter, LONGER * self.trust)
