@@ -200,7 +200,7 @@ def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
             axis.step(
                 [1, *ranked, 100], [0, *shares, (shares or [0])[-1]], where="post", label=name
             )
-        axis.set(xscale="log", xlim=(1, 20), ylim=(0, 1), xlabel=f"τ, in {unit}")
+        axis.set(xscale="log", xlim=(1, 20), ylim=(0, 1.03), xlabel=f"τ, in {unit}")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("problems solved within τ of the best")
     axes[1].legend(loc="lower right", fontsize="small")
