@@ -1,1 +1,1 @@
-"""Measurements of implicitopt; each module is a command, ``python -m benchmarks.<module>``."""
+"""Measurements of implicitopt: the parts of ``python -m benchmarks``, and ``benchmarks.sweeps``."""

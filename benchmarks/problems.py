@@ -1,8 +1,8 @@
 """The problems of the performance profile, each with fixed seeds and a target.
 
 Linear-quadratic ones, tanh maps, monotone operator networks, classification losses and constrained
-problems go to a KKT residual; a trained decoder's images and an attack on a trained classifier to
-a loss within 1 % of the best known, since kinks keep their residuals up.
+problems go to a KKT residual; a trained decoder's images to a loss within 1 % of the best known,
+since kinks keep their residuals up.
 """
 
 from __future__ import annotations

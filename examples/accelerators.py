@@ -67,7 +67,7 @@ class Settings:
         dataset: what --data holds.
         images: held-out images to find the codes of.
         contestants: any of default, anderson-1, anderson-2, broyden, picard, paper, one-shot,
-            nested-adam, nested-lbfgs; none: all.
+            sqp, nested-adam, nested-lbfgs; none: all.
         sweeps: budgets, from few to many.
         updates: budgets of the nested solvers, in updates of the codes.
         repeats: of the timed runs.

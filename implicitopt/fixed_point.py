@@ -36,6 +36,8 @@ __all__ = ["ConvergenceWarning", "fixed_point", "picard_to_rest"]
 
 #: Steps between looks at whether all problems are done, where a look waits for the device.
 CHECK_EVERY = 5
+#: What helps where the backward pass fails.
+REMEDY = "Raise adjoint_max_steps, or loosen adjoint_tol."
 
 
 class ConvergenceWarning(UserWarning):
@@ -95,7 +97,7 @@ def fixed_point(
     tol: float | None = None,
     adjoint_tol: float | None = None,
     adjoint_max_steps: int = 200,
-    batched: bool = True,
+    batched: bool | None = None,
 ) -> Tree:
     """The state z with z = f(z, x), differentiable in x and in everything f closes over.
 
@@ -113,7 +115,8 @@ def fixed_point(
         tol: bound on ‖f(z, x) − z‖ / (1 + ‖z‖), per problem. Default 1e-6 in float64, 1e-4 in
             float32, 1e-2 in half precision.
         adjoint_tol, adjoint_max_steps: of the linear solve in the backward pass.
-        batched: dim 0 of every leaf of z is a batch of independent problems; False: one problem.
+        batched: whether dim 0 of every leaf of z is a batch of independent problems, or all of it
+            is one problem. None: one problem where no leaf has more than one dimension.
 
     Returns:
         z, shaped like z0: per problem the iterate with the smallest residual.
@@ -141,7 +144,8 @@ def fixed_point(
     accelerator = Anderson("II") if accelerator is None else accelerator
     check_accelerator("accelerator", accelerator)
     check_option("max_steps", max_steps, int, least=1)
-    check_option("batched", batched, bool)
+    if batched is not None:
+        check_option("batched", batched, bool)
     if tol is not None:
         check_option("tol", tol, float, least=0)
     options = LinearOptions(adjoint_tol, adjoint_max_steps)
@@ -152,6 +156,8 @@ def fixed_point(
     z0 = initial_state(f, constant, z0)
     same_kind("z0", z0, "x", first)
     check_finite("z0", z0)
+    if batched is None:
+        batched = any(leaf.dim() > 1 for leaf in tensors("z0", z0))
     check_batch("z0", z0, batched)
     layout = Layout.of(z0, batched=batched)
     start = layout.flatten(check_map(f, z0, constant)).to(first.dtype)
@@ -178,5 +184,7 @@ def fixed_point(
             stacklevel=2,
         )
     if torch.is_grad_enabled():
-        z = attach_root(lambda z: image(z, x) - z, z, options, AdjointReport(), symmetric=False)
+        z = attach_root(
+            lambda z: image(z, x) - z, z, options, AdjointReport(), symmetric=False, remedy=REMEDY
+        )
     return layout.unflatten(z)

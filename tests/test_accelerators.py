@@ -414,3 +414,19 @@ def test_a_subclass_of_anderson_may_have_a_step_of_its_own():
         solver=Joint(Counted()), max_steps=9, tol=0.0,
     )  # fmt: skip
     assert len(calls) == 6  # of 9 sweeps the last moves nothing, and two steps are plain
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_vector_is_one_problem(seed):
+    """Taken for sixteen problems of one number, these ended far from any fixed point, unnoticed."""
+    generator = torch.Generator().manual_seed(seed)
+    W = 0.5 * torch.linalg.qr(torch.randn(16, 16, generator=generator, dtype=torch.float64)).Q
+    x = torch.randn(16, generator=generator, dtype=torch.float64)
+
+    def f(z, x):
+        return torch.tanh(z @ W + x)
+
+    z = implicitopt.fixed_point(f, x)
+    assert (f(z, x) - z).norm() <= 1e-6 * (1 + z.norm())
+    number = implicitopt.fixed_point(lambda z, x: 0.5 * z + x.sum(), x, x.new_zeros(()))
+    torch.testing.assert_close(number, 2 * x.sum(), rtol=1e-5, atol=1e-5)

@@ -147,6 +147,19 @@ def test_dropout_is_found(problem, where):
     assert check(*noisy, x0, z0, quiet=True).ok
 
 
+def test_dropout_is_found_where_it_changes_nothing_at_the_start():
+    """f(0, 0) is 0, whatever is dropped."""
+    drop, zeros = torch.nn.Dropout(0.2), torch.zeros(4, 6)
+    report = check(
+        lambda z, x: drop(torch.tanh(0.5 * z + x)),
+        lambda z, x: (z - 1).square().sum(-1),
+        zeros,
+        zeros,
+        quiet=True,
+    )
+    assert failures(report) == {"repeatable"}
+
+
 class _WrongBackward(torch.autograd.Function):
     generate_vmap_rule = True
 

@@ -363,7 +363,7 @@ def test_an_adjoint_that_fails_says_so(project: Any) -> None:
 def test_a_failed_adjoint_of_fixed_point_warns() -> None:
     problem = TanhProblem.draw(seed=9)
     z = fixed_point(problem.f, problem.x0, problem.z0, adjoint_max_steps=1)
-    with pytest.warns(AdjointWarning):
+    with pytest.warns(AdjointWarning, match="Raise adjoint_max_steps, or loosen adjoint_tol"):
         z.sum().backward()
 
 

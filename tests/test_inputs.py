@@ -331,8 +331,9 @@ FIXED = [
     ("adjoint_tol < 0", {"adjoint_tol": -1.0}, ValueError, "tol", "-1.0", ""),
     ("adjoint_max_steps is 0", {"adjoint_max_steps": 0}, ValueError, "max_steps", "got 0", ""),
     ("an unknown option", {"tolerance": 3}, TypeError, "unexpected keyword", "tolerance", ""),
-    ("z0 is one number", {"f": lambda z, x: 0.5 * z + x.sum(), "z0": zeros(())}, ValueError,
-     "z0", r"\(\)", "batched=False"),
+    ("z0 is one number", {
+        "f": lambda z, x: 0.5 * z + x.sum(), "z0": zeros(()), "batched": True,
+     }, ValueError, "z0", r"\(\)", "batched=False"),
     ("leaves of z0 disagree", {
         "f": lambda z, x: (0.5 * z[0] + x, 0.5 * z[1] + x.sum()), "z0": (Z0, zeros(3, N)),
      }, ValueError, "z0", r"\(3, 2\)", "batched=False"),

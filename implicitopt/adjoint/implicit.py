@@ -156,6 +156,8 @@ class Implicit:
             symmetric=kkt.project is None,
             saddle=sizes[0],
             near_inverse=kkt.near_inverse,
+            remedy="See sol.adjoint; raise max_steps, loosen tol, pass a preconditioner, or "
+            "regularize x in the loss.",
         )
         z, mu, x = v.split(sizes, dim=1)
         first = optimal_value(kkt, point)
@@ -204,7 +206,10 @@ class FrozenInput:
             return kkt.state_map(z, point.x) - z
 
         options = LinearOptions(self.tol, self.max_steps)
-        z = attach_root(residual, point.z, options, report, symmetric=False)
+        z = attach_root(
+            residual, point.z, options, report, symmetric=False,
+            remedy="See sol.adjoint; raise max_steps, or loosen tol.",
+        )  # fmt: skip
         first = optimal_value(kkt, point)
         value = FirstOrderValue.apply(first, value, "FrozenInput")
         return Attached(z, refuse(point.mu, first, "FrozenInput"), point.x, value)
@@ -238,6 +243,7 @@ class _System:
     report: AdjointReport = field(repr=False)
     saddle: int = 0  # n where rows and columns are (z, μ, x), z and μ n numbers each
     near_inverse: Callable[[], Operator] | None = None  # as the KKT system has it
+    remedy: str = ""  # what the warning says to do
 
     def product(self, v: Tensor, *, transpose: bool, record: bool) -> Callable[[Tensor], Tensor]:
         """w ↦ J(v)ᵀ w or J(v) w, from one linearization; in the autograd graph if ``record``."""
@@ -303,8 +309,7 @@ class _System:
                 f"the adjoint system of {int((~solved).sum())} of {len(solved)} problems was not "
                 f"solved to the relative residual {tol:.0e} in "
                 f"{self.options.max_steps} steps (worst {largest:.1e}): their gradient is "
-                "approximate, and zero where it was not finite. See sol.adjoint; raise max_steps, "
-                "loosen tol, pass a preconditioner, or regularize x in the loss."
+                f"approximate, and zero where it was not finite. {self.remedy}"
                 + (unsettled if away else ""),
                 AdjointWarning,
                 stacklevel=2,
@@ -436,14 +441,16 @@ def attach_root(
     symmetric: bool,
     saddle: int = 0,
     near_inverse: Callable[[], Operator] | None = None,
+    remedy: str = "",
 ) -> Tensor:
     """The root ``v`` of ``residual``, ``(B, N)``, differentiable in all that ``residual`` reads.
 
     ``saddle``: n where v is (z, μ, x) and the residual ∇L, z and μ being n numbers each, and then
     ``near_inverse``, where there is one, makes about the inverse of the joint iteration's Jacobian.
+    ``remedy``: what the warning says to do where a linear solve fails.
     """
     v = v.detach()
-    system = _System(residual, symmetric, options, report, saddle, near_inverse)
+    system = _System(residual, symmetric, options, report, saddle, near_inverse, remedy)
     constant = residual(v)
     once: Tensor = _Root.apply(constant, v, system)
     if not once.requires_grad:
