@@ -439,9 +439,9 @@ def test_patience_says_when_adaptive_looks(monkeypatch, patience):
     looks = []
     choose = Adaptive._choose
 
-    def spy(self, kkt, moved, state):
+    def spy(self, moved, state):
         looks.append(state.count)
-        return choose(self, kkt, moved, state)
+        return choose(self, moved, state)
 
     monkeypatch.setattr(Adaptive, "_choose", spy)
     problem = quadratic()
