@@ -59,6 +59,9 @@ ASYMMETRIC = 0.3
 #: Where a difference of adjoints is so many times that of states, squared and each in relation to
 #: its block, what J leaves unexplained is as likely J's error as C.
 ADJOINTS_DROWN = 0.2
+#: And where it is so many times smaller, as on the way from an earlier solution, what it tells of J
+#: drowns in C; less so where f is straight.
+STATES_DROWN = 1e-3
 #: α becomes one over the curvature met where it is so many times too large or too small.
 FAR_OFF = 10.0
 #: Projected gradients made under a constraint.
@@ -133,8 +136,8 @@ class Model:
         tried = TRIED * secants.curved.amax(dim=1, keepdim=True)
         shifts = (
             ridge,
-            ridge,
-            ridge + self._unsure(m_over_s),
+            ridge + self._of_adjoints(ratio(s, m)),
+            ridge + self._of_curvature(m_over_s),
             tried + ridge,
             self._shift(sg, of_loss),
         )
@@ -343,13 +346,19 @@ class Model:
         shift = torch.copysign(self.flat, diagonal) + LOSS_NONLINEAR * wrong * size
         return torch.where(diagonal == 0, 1.0, shift)
 
-    def _unsure(self, m_over_s: Tensor) -> Tensor:
+    def _of_curvature(self, m_over_s: Tensor) -> Tensor:
         """What is added to D for C: where adjoints moved more than states, J's errors drown it.
 
         C is in units of μ over those of the state.
         """
         larger = m_over_s * self.secants.ratio[:, None]
         return (ADJOINTS_DROWN * larger.square()).nan_to_num(0.0).clamp(max=1e12)
+
+    def _of_adjoints(self, s_over_m: Tensor) -> Tensor:
+        """What is added to D for J's other end: where states moved more, C drowns it."""
+        larger = s_over_m / self.secants.ratio[:, None]
+        share = STATES_DROWN * self.secants.curved[:, :1]
+        return (share * larger.square()).nan_to_num(0.0).clamp(max=1e12)
 
     def _set(self, met: Tensor, p: Tensor) -> None:
         """Take in p and the curvature met, ``(B, c, c)``; where x has not been tried it is 1/α."""
