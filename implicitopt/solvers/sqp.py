@@ -202,7 +202,9 @@ class SQPState:
     @property
     def alpha(self) -> Tensor:
         """The step size in x, in its own units, ``(B, 1)``."""
-        return self.size.alpha / self.secants.tau.to(self.size.alpha.dtype).square()
+        found = self.size.alpha.double() / self.secants.tau.square()
+        dtype = self.size.alpha.dtype
+        return found.clamp(max=torch.finfo(dtype).max ** 0.5).to(dtype)
 
     def judge(self, residual: Tensor) -> None:
         """Trust steps less if the last one made the residual larger, and more if it did not.
