@@ -184,8 +184,8 @@ class KKT:
     work: Work = field(default_factory=Work)
     apart: bool = False  # whether sweeps keep the loss's gradient, for solvers that need it
     guarded: bool = False  # whether f and the loss have been looked at for side effects
-    # Makes w ↦ about (∂r/∂v)⁻¹ w, r as in `Sweep`, where a solve has told of it.
-    near_inverse: Callable[[], Callable[[Tensor], Tensor]] | None = None
+    # Makes w ↦ about (∂r/∂v)⁻¹ w in the units of v, r as in `Sweep`, where a solve has told of it.
+    near_inverse: Callable[[Tensor], Callable[[Tensor], Tensor]] | None = None
 
     def state_map(self, z: Tensor, x: Tensor) -> Tensor:
         """f on matrices: ``(B, n), (B, d) -> (B, n)``."""
@@ -296,11 +296,11 @@ class KKT:
         # A norm that overflows would hide every residual: 0·∞ is NaN, and the point non-finite.
         return Sizes(z, mu, x, 1 + state, whole + 0 * whole)
 
-    def gradient(self, point: Point) -> Point:
+    def gradient(self, point: Point, step: Tensor | float = 1.0) -> Point:
         """The KKT map ∇L as a differentiable function of the point and of everything f and ℓ read.
 
         Blocks in the order (∇_z L, ∇_μ L, ∇_x L), so that its Jacobian, the Hessian of L, is
-        symmetric. With a constraint the last block is x − P_C(x − ∇_x L), and it is not.
+        symmetric. With a constraint the last block is x − P_C(x − step ∇_x L), and it is not.
         """
         with torch.enable_grad():
             z, mu, x = (block if block.requires_grad else block.requires_grad_() for block in point)
@@ -309,5 +309,5 @@ class KKT:
                 total, (z, mu, x), create_graph=True, materialize_grads=True
             )
             if self.project is not None:
-                grad_x = x - self.project(x - grad_x)
+                grad_x = x - self.project(x - step * grad_x)
             return Point(grad_z, grad_mu, grad_x)

@@ -49,6 +49,10 @@ class Kept(NamedTuple):
 
 Rule = Callable[[Candidate, Kept], Tensor]
 
+#: A KKT residual this many times smaller says more than a score that is lower by a share of less
+#: than the root of the larger residual: a score so far off a solution may be too low by as much.
+NEARER = 1e-3
+
 
 @dataclass(frozen=True)
 class Last:
@@ -74,7 +78,8 @@ class Best:
     Lagrangian where that is the higher one, and doubted by what the residuals of z and μ leave open
     (``Candidate.score``). Far from any equilibrium this means little, so iterates count only where
     their state residual is at most ``small``; until one is, the smallest is kept. Among scores
-    equal to rounding, the smallest KKT residual decides.
+    that are equal to rounding, or to what a KKT residual a thousand times larger leaves open, the
+    smallest residual decides: so a tolerance that is out of reach does no harm.
 
     So the state returned with few sweeps may be off its equilibrium by ``small``; its residual says
     by how much, and a smaller ``small`` bounds it.
@@ -100,7 +105,11 @@ class Best:
 
     def __call__(self, new: Candidate, kept: Kept) -> Tensor:
         rounding = torch.finfo(new.score.dtype).eps ** 0.75 * (1 + new.value.abs())
-        tie = (new.score - kept.score).abs() <= rounding
+        less = torch.minimum(new.residual, kept.residual)
+        more = torch.maximum(new.residual, kept.residual)
+        scale = torch.maximum(new.score.abs(), kept.score.abs())
+        doubt = torch.where(less <= NEARER * more, more.sqrt().clamp(max=1) * scale, rounding)
+        tie = (new.score - kept.score).abs() <= torch.maximum(rounding, doubt)
         better = torch.where(tie, new.residual < kept.residual, new.score < kept.score)
         feasible, was_feasible = new.residuals.z <= self.small, kept.state_residual <= self.small
         nearer = new.residuals.z < kept.state_residual

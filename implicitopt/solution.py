@@ -96,7 +96,7 @@ class AdjointReport:
     """
 
     status: Tensor | None = None  #: `Status` per problem, ``(B,)``
-    residual: Tensor | None = None  #: true relative residual ‖Hw − c‖ / ‖c‖, ``(B,)``
+    residual: Tensor | None = None  #: true relative residual ‖D(Hw − c)‖ / ‖Dc‖, ``(B,)``
     steps: Tensor | None = None  #: Krylov iterations per problem, ``(B,)``
     products: int = 0  #: Jacobian products over all backward passes so far
     point: Tensor | None = None  #: `Status` of the solve at whose point they were made, ``(B,)``

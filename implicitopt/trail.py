@@ -54,15 +54,21 @@ class Trail:
         self.last = choose(sound, now, self.last)
         self.begun = self.begun | sound
 
-    def inverse(self, settled: Tensor) -> Callable[[Tensor], Tensor]:
-        """w ↦ (S + Y) (YᵀY)⁻¹ Yᵀ w − w, about A⁻¹ w, ``(B, N) -> (B, N)``.
+    def inverse(self, settled: Tensor, units: Tensor) -> Callable[[Tensor], Tensor]:
+        """w ↦ (S + Y) (YᵀY)⁻¹ Yᵀ w − w, about A⁻¹ w, ``(B, N) -> (B, N)``, in units of v.
 
         Only −w for problems that are not in ``settled``, ``(B,)``, or whose A changes on the way.
+        ``units``, ``(B, N)``: s is measured in them, and y in one over those of its equations,
+        which are z's for μ⁺ − μ = ∂L/∂z, μ's for f − z, and x's for −∇ₓL.
 
         Source: the inverse of multisecant quasi-Newton methods, Fang and Saad 2009; that of a
         forward solve in the backward one, SHINE (Ramzi et al. 2022), where nothing corrects it.
         """
         s, y = self.secants.rings
+        if bool((units != 1).any()):
+            of_z, of_mu, of_x = Point.split(units.to(s.dtype), self.states)
+            s = s / units.to(s.dtype)[:, None]
+            y = y * torch.cat((of_mu, of_z, of_x), dim=1)[:, None]
         length = torch.linalg.vector_norm(s, dim=2, dtype=torch.float64)
         counts = length > torch.finfo(s.dtype).tiny ** 0.5  # its products do not underflow
         unit = torch.where(counts, 1 / length, 0.0)

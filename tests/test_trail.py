@@ -39,7 +39,7 @@ def test_on_what_the_differences_span_it_is_the_inverse():
     kkt, outcome = run((f, loss, x0, z0), 30)
     A = jacobians(kkt, outcome.point)
     secants = outcome.trail.secants
-    apply = outcome.trail.inverse(torch.ones(len(x0), dtype=torch.bool))
+    apply = outcome.trail.inverse(torch.ones(len(x0), dtype=torch.bool), torch.ones(1, 1))
     for age in range(5):  # the newest, of which A is that of the solution
         slot = (secants.count - 1 - age) % 30
         s, y = (ring[torch.arange(len(x0)), slot] for ring in secants.rings)
@@ -62,10 +62,14 @@ def test_a_spanning_trail_of_a_linear_system_inverts_it(monkeypatch):
         trail.push(point, kkt.sweep(point).r, everyone)
     A = jacobians(kkt, start)
     w = torch.randn(3, 12, dtype=F64, generator=generator)
-    found = trail.inverse(everyone)(w)
     expected = torch.linalg.solve(A, w[..., None])[..., 0]
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
-    assert torch.equal(trail.inverse(~everyone)(w), -w)
+    for of_v, off in (([1.0, 1.0, 1.0], 1e-6), ([8.0, 0.125, 64.0], 1e-3)):
+        d_z, d_mu, d_x = of_v
+        units = torch.tensor([d_z] * 5 + [d_mu] * 5 + [d_x] * 2, dtype=F64).expand(3, -1)
+        of_rows = torch.tensor([d_mu] * 5 + [d_z] * 5 + [d_x] * 2, dtype=F64)
+        found = units * trail.inverse(everyone, units)(of_rows * w)
+        torch.testing.assert_close(found, expected, rtol=off, atol=off)
+        assert torch.equal(trail.inverse(~everyone, units)(w), -w)
 
 
 def test_differences_that_contradict_each_other_are_left_out():
@@ -79,7 +83,7 @@ def test_differences_that_contradict_each_other_are_left_out():
         z, mu, x = Point.split((H @ v[..., None])[..., 0], 4)
         trail.push(Point.split(v, 4), torch.cat((mu, z, -x), dim=1), torch.ones(2) > 0)
     w = torch.randn(2, 10, dtype=F64, generator=generator)
-    found = trail.inverse(torch.ones(2) > 0)(w)
+    found = trail.inverse(torch.ones(2) > 0, torch.ones(2, 10))(w)
     assert not torch.equal(found[0], -w[0])
     assert torch.equal(found[1], -w[1])
 

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from implicitopt.accelerators.anderson import window
+from implicitopt.adjoint.balance import balance
 from implicitopt.adjoint.envelope import Attached, FirstOrderValue, optimal_value, refuse
 from implicitopt.adjoint.krylov import SMALL, KrylovResult, Operator, gmres, minres
 from implicitopt.autocast import autocast_off, precision
@@ -95,8 +96,9 @@ class Implicit:
     kinks.
 
     Args:
-        tol: relative residual ‖Hw − c‖ / ‖c‖ per problem. Default 1e-10 in float64, 1e-5 in
-            float32, 1e-2 in half precision and where autocast makes products in it.
+        tol: relative residual ‖D(Hw − c)‖ / ‖Dc‖ per problem, D being units of z, μ and x in which
+            H's blocks are alike: so loss and x may come in any units. Default 1e-10 in float64,
+            1e-5 in float32, 1e-2 in half precision and where autocast makes products in it.
         max_steps: Krylov iterations at most.
         precondition: approximate inverse of H on a ``(B, 2n + d)`` matrix whose columns are
             ordered (z, μ, x). Where there is no constraint it must be symmetric positive definite,
@@ -142,24 +144,28 @@ class Implicit:
         return window(unknowns, *RECYCLED) if self.recycle is None else self.recycle
 
     def attach(self, kkt: KKT, point: Point, value: Tensor, report: AdjointReport) -> Attached:
-        sizes = [block.shape[1] for block in point]
+        n = point.z.shape[1]
+        units, step = None, torch.ones_like(point.x[:, :1])
+        if kkt.project is not None and self.precondition is None:
+            units, step = _constrained_units(kkt, point)
 
         def residual(v: Tensor) -> Tensor:
-            return torch.cat(kkt.gradient(Point(*v.split(sizes, dim=1))), dim=1)
+            return kkt.gradient(Point.split(v, n), step).joined()
 
         options = LinearOptions(self.tol, self.max_steps, self.precondition)
         v = attach_root(
             residual,
-            torch.cat(point, dim=1),
+            point.joined(),
             options,
             report,
             symmetric=kkt.project is None,
-            saddle=sizes[0],
+            saddle=n,
+            units=units,
             near_inverse=kkt.near_inverse,
             remedy="See sol.adjoint; raise max_steps, loosen tol, pass a preconditioner, or "
             "regularize x in the loss.",
         )
-        z, mu, x = v.split(sizes, dim=1)
+        z, mu, x = Point.split(v, n)
         first = optimal_value(kkt, point)
         full = kkt.lagrangian(Point(z, mu, x))
         return Attached(z, mu, x, _Value.apply(first, full, value))
@@ -233,6 +239,32 @@ class _Value(torch.autograd.Function):
         return (None, grads[0], None) if recorded else (grads[0], None, None)
 
 
+class Units(NamedTuple):
+    """By what a Jacobian's rows and columns are multiplied before it is solved with, ``(B, N)``."""
+
+    rows: Tensor
+    columns: Tensor
+
+
+def _constrained_units(kkt: KKT, point: Point) -> tuple[Units, Tensor]:
+    """Units for the KKT map with a constraint, and the step in x in its last block, ``(B, 1)``.
+
+    A step of the order of one over the curvature in x tells which constraints hold x back: over a
+    longer one, errors in ∇ₓL would take x to the other end of C.
+    """
+    n, free, v = point.z.shape[1], replace(kkt, project=None), point.joined()
+    system = _System(
+        lambda v: free.gradient(Point.split(v, n)).joined(), True, LinearOptions(None, 1),
+        AdjointReport(),
+    )  # fmt: skip
+    units = balance(system.product(v, transpose=True, record=False), v, n)
+    unit = units[:, -1:]
+    limit = torch.finfo(point.x.dtype).max ** 0.5
+    step = unit.square().clamp(1 / limit, limit)
+    rows = torch.cat([units[:, : 2 * n], (unit / step).expand_as(point.x)], dim=1)
+    return Units(rows, units), step.to(point.x.dtype)
+
+
 @dataclass
 class _System:
     """Solves with the Jacobian J(v) = ∂r/∂v or its transpose, differentiably."""
@@ -242,8 +274,9 @@ class _System:
     options: LinearOptions
     report: AdjointReport = field(repr=False)
     saddle: int = 0  # n where rows and columns are (z, μ, x), z and μ n numbers each
-    near_inverse: Callable[[], Operator] | None = None  # as the KKT system has it
+    near_inverse: Callable[[Tensor], Operator] | None = None  # as the KKT system has it
     remedy: str = ""  # what the warning says to do
+    units: Units | None = None  # of a saddle's rows and columns, known from the first solve on
 
     def product(self, v: Tensor, *, transpose: bool, record: bool) -> Callable[[Tensor], Tensor]:
         """w ↦ J(v)ᵀ w or J(v) w, from one linearization; in the autograd graph if ``record``."""
@@ -286,7 +319,8 @@ class _System:
         product = self.product(v, transpose=transpose, record=False)
         tol = self.options.tolerance(precision(c))
         with torch.no_grad(), autocast_off(c.device):
-            result = self._solved(product, torch.where(sound[:, None], c, torch.zeros_like(c)), tol)
+            c = torch.where(sound[:, None], c, torch.zeros_like(c))
+            result = self._solved(product, c, tol, transpose=transpose)
         solved = result.converged & sound
         status = torch.full_like(result.steps, Status.MAX_STEPS)
         status = torch.where(solved, torch.full_like(status, Status.CONVERGED), status)
@@ -316,11 +350,41 @@ class _System:
             )
         return torch.where(bad[:, None], torch.zeros_like(c), result.solution)
 
-    def _solved(self, product: Callable[[Tensor], Tensor], c: Tensor, tol: float) -> KrylovResult:
-        """The system by the Krylov method that suits it."""
+    def _solved(
+        self, product: Operator, c: Tensor, tol: float, *, transpose: bool
+    ) -> KrylovResult:
+        """The system, in units in which its blocks are alike, and its residual in these."""
+        given, probes = self.options.precondition, 0
+        if not self.saddle:
+            return self._by_krylov(product, c, tol, given)
+        wide = torch.promote_types(c.dtype, torch.float32)
+        if self.units is None:
+            units, probes = balance(product, c, self.saddle), 2
+            self.units = Units(units, units)
+        inner, outer = self.units.rows, self.units.columns
+        if not transpose:
+            inner, outer = outer, inner
+
+        def scaled(w: Tensor) -> Tensor:
+            return outer * product((inner * w).to(c.dtype)).to(wide)
+
+        def precondition(w: Tensor) -> Tensor:
+            assert given is not None
+            return given((w / outer).to(c.dtype)).to(wide) / inner
+
+        unit = precondition if given is not None else None
+        found = self._by_krylov(scaled, outer * c.to(wide), tol, unit)
+        solution = (inner * found.solution).to(c.dtype)
+        return found._replace(solution=solution, products=found.products + probes)
+
+    def _by_krylov(
+        self, product: Operator, c: Tensor, tol: float, unit: Operator | None
+    ) -> KrylovResult:
+        """By the Krylov method that suits the system, with the preconditioner ``unit`` if any."""
         most = self.options.max_steps
-        unit = self.options.precondition
-        near = None if self.near_inverse is None else self.near_inverse()
+        near = None
+        if self.near_inverse is not None and self.units is not None:
+            near = self.near_inverse(self.units.columns)
         if self.symmetric and unit is not None:
             return minres(product, c, tol=tol, max_steps=most, precondition=unit)
         vectors = c.shape[1] if c.shape[1] <= SMALL else VECTORS
@@ -440,17 +504,19 @@ def attach_root(
     *,
     symmetric: bool,
     saddle: int = 0,
-    near_inverse: Callable[[], Operator] | None = None,
+    units: Units | None = None,
+    near_inverse: Callable[[Tensor], Operator] | None = None,
     remedy: str = "",
 ) -> Tensor:
     """The root ``v`` of ``residual``, ``(B, N)``, differentiable in all that ``residual`` reads.
 
-    ``saddle``: n where v is (z, μ, x) and the residual ∇L, z and μ being n numbers each, and then
+    ``saddle``: n where v is (z, μ, x) and the residual ∇L, z and μ being n numbers each. Then the
+    system is solved in ``units``, found by two products where they are not given, and in those of v
     ``near_inverse``, where there is one, makes about the inverse of the joint iteration's Jacobian.
     ``remedy``: what the warning says to do where a linear solve fails.
     """
     v = v.detach()
-    system = _System(residual, symmetric, options, report, saddle, near_inverse, remedy)
+    system = _System(residual, symmetric, options, report, saddle, near_inverse, remedy, units)
     constant = residual(v)
     once: Tensor = _Root.apply(constant, v, system)
     if not once.requires_grad:
