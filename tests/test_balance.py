@@ -29,7 +29,7 @@ def in_units(loss_unit: float, x_unit: float, c: Tensor, w: Tensor, **options: A
     return solve(
         lambda z, x: z @ map_z.mT + x / x_unit + c,
         lambda z, x: (w * (z - 1) ** 2 + (x / x_unit - TARGET) ** 2).sum(-1) * loss_unit,
-        torch.zeros(1, 3).to(c), solver=SQP(), max_steps=150, **options,
+        torch.zeros(1, 3).to(c), solver=SQP(), max_steps=40, **options,
     )  # fmt: skip
 
 
@@ -111,7 +111,7 @@ def test_balanced_blocks_are_of_one_size() -> None:
     D = scale.repeat_interleave(torch.tensor([n, n, d]), dim=1)
     H = D[:, :, None] * H * D[:, None]
     units = balance(lambda w: (H @ w[..., None])[..., 0], torch.zeros(3, 2 * n + d, dtype=F64), n)
-    z, mu, x = Point.split(units, n)
+    z, mu, _ = Point.split(units, n)
     assert torch.equal(z * mu, torch.ones_like(z))
     assert torch.equal(torch.exp2(units.log2().round()), units)  # powers of two
     balanced = units[:, :, None] * H * units[:, None]

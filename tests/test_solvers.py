@@ -29,6 +29,7 @@ from implicitopt import (
     solve,
 )
 from implicitopt.kkt import KKT, Point
+from implicitopt.solve import _prepare
 from implicitopt.tree import Layout
 
 SIMULTANEOUS = {
@@ -426,7 +427,7 @@ def test_adaptive_moves_one_problem_over_and_its_neighbours_do_not_notice(monkey
     plain = Joint(Picard(), StepSizes(x=0.2))
     options = {"tol": 1e-8, "max_steps": 200}
     alone = solve(f, loss, x0, solver=plain, **options)
-    mixed = solve(f, loss, x0, solver=Adaptive(joint=plain, patience=10), **options)
+    mixed = solve(f, loss, x0, solver=Adaptive(plain, patience=10), **options)
     assert alone.converged.tolist() == [True, False, True]
     assert mixed.converged.all(), mixed
     assert torch.stack(entered).any(dim=0).tolist() == [False, True, False]
@@ -452,17 +453,37 @@ def test_patience_says_when_adaptive_looks(monkeypatch, patience):
     assert looks == [step for step in range(1, 20) if step % patience == 0]
 
 
-def test_adaptive_without_a_stuck_problem_is_joint_bit_for_bit():
+@pytest.mark.parametrize("first", [SQP(), Joint()])
+def test_adaptive_without_a_stuck_problem_is_its_first_solver_bit_for_bit(first):
     problem = quadratic(9)
-    adaptive = solve(problem.f, problem.loss, *problem.start(), solver=Adaptive())
-    joint = solve(problem.f, problem.loss, *problem.start(), solver=Joint())
-    assert torch.equal(adaptive.x, joint.x)
-    assert torch.equal(adaptive.steps, joint.steps)
+    adaptive = solve(problem.f, problem.loss, *problem.start(), solver=Adaptive(first))
+    alone = solve(problem.f, problem.loss, *problem.start(), solver=first)
+    assert torch.equal(adaptive.x, alone.x)
+    assert torch.equal(adaptive.steps, alone.steps)
+
+
+@torch.no_grad()
+def test_a_finished_problem_calls_for_no_other_solver():
+    """Its residual stays as it is, which is not that nothing works."""
+    problem = quadratic()
+    kkt, start, _ = _prepare(problem.f, problem.loss, *problem.start(), None, False, None)
+    solver, point = Adaptive(patience=4), start
+    _, state = solver.init(kkt, start)
+    for count in range(12):
+        sweep = kkt.sweep(point)
+        moved, state = solver.step(kkt, point, sweep, state)
+        point = moved if count < 3 else point  # as the loop leaves a finished problem
+    assert state.solver.tolist() == [0] * len(start.x)
+    assert state.states[1:] == [None, None]
+    for _ in range(8):  # it moves, and to no end
+        jittered = point._replace(x=point.x + 1e-3 * torch.randn_like(point.x))
+        _, state = solver.step(kkt, jittered, kkt.sweep(jittered), state)
+    assert (state.solver > 0).all()
 
 
 def test_adaptive_stays_with_joint_where_descent_is_slower():
     """A dozen of these 32 went over to it, and were not done after 400 sweeps."""
-    sol = solve(*sharp("pseudo-Huber, width .1", 40, 20), max_steps=200)
+    sol = solve(*sharp("pseudo-Huber, width .1", 40, 20), solver=Adaptive(Joint()), max_steps=200)
     assert sol.converged.sum() >= 28
 
 
@@ -486,7 +507,8 @@ def test_adaptive_solves_what_joint_solves():
 
     x0, z0 = torch.zeros(32, d, dtype=F64), torch.zeros(32, n, dtype=F64)
     assert solve(f, loss, x0, z0, solver=Joint()).converged.all()
-    assert solve(f, loss, x0, z0, solver=Adaptive(), max_steps=300).converged.all()
+    for solver in (Adaptive(Joint()), Adaptive()):
+        assert solve(f, loss, x0, z0, solver=solver, max_steps=300).converged.all()
 
 
 # OneShot

@@ -23,7 +23,7 @@ from torch import Tensor
 from implicitopt.accelerators.anderson import window
 from implicitopt.adjoint.balance import balance
 from implicitopt.adjoint.envelope import Attached, FirstOrderValue, optimal_value, refuse
-from implicitopt.adjoint.krylov import SMALL, KrylovResult, Operator, gmres, minres
+from implicitopt.adjoint.krylov import SMALL, KrylovResult, Operator, checked, gmres, minres
 from implicitopt.autocast import autocast_off, precision
 from implicitopt.kkt import KKT, Point
 from implicitopt.options import check_callable, check_option
@@ -350,9 +350,7 @@ class _System:
             )
         return torch.where(bad[:, None], torch.zeros_like(c), result.solution)
 
-    def _solved(
-        self, product: Operator, c: Tensor, tol: float, *, transpose: bool
-    ) -> KrylovResult:
+    def _solved(self, product: Operator, c: Tensor, tol: float, *, transpose: bool) -> KrylovResult:
         """The system, in units in which its blocks are alike, and its residual in these."""
         given, probes = self.options.precondition, 0
         if not self.saddle:
@@ -370,9 +368,9 @@ class _System:
 
         def precondition(w: Tensor) -> Tensor:
             assert given is not None
-            return given((w / outer).to(c.dtype)).to(wide) / inner
+            return checked(given)((w / outer).to(c.dtype)).to(wide) / inner
 
-        unit = precondition if given is not None else None
+        unit = None if given is None else precondition
         found = self._by_krylov(scaled, outer * c.to(wide), tol, unit)
         solution = (inner * found.solution).to(c.dtype)
         return found._replace(solution=solution, products=found.products + probes)

@@ -90,7 +90,7 @@ def minres(
             f"reorthogonalize must be >= 0; got {reorthogonalize}. Pass None to choose from n."
         )
     apply = _in_dtype_of(matvec, b)
-    unit = None if precondition is None else _in_dtype_of(_checked(precondition), b)
+    unit = None if precondition is None else _in_dtype_of(checked(precondition), b)
     keep = (
         (b.shape[1] if b.shape[1] <= SMALL else 0) if reorthogonalize is None else reorthogonalize
     )
@@ -139,7 +139,7 @@ def gmres(
     if restart is not None and restart < 1:
         raise ValueError(f"restart must be >= 1; got {restart}. Pass None to choose from n.")
     apply = _in_dtype_of(matvec, b)
-    unit = None if precondition is None else _in_dtype_of(_checked(precondition), b)
+    unit = None if precondition is None else _in_dtype_of(checked(precondition), b)
     n = b.shape[1]
     length = min(restart or (n if n <= SMALL else 30), max_steps, n)
 
@@ -376,7 +376,9 @@ def _divide(y: Tensor, scalars: Tensor, active: Tensor) -> Tensor:
     return torch.where(active[:, None], y / _col(scalars, y), 0.0)
 
 
-def _checked(precondition: Operator) -> Operator:
+def checked(precondition: Operator) -> Operator:
+    """The preconditioner, which says so where what it returns does not fit."""
+
     def apply(v: Tensor) -> Tensor:
         found: object = precondition(v)
         if not isinstance(found, Tensor) or found.shape != v.shape:

@@ -1,4 +1,4 @@
-"""The default: the joint iteration, and one-shot descent for the problems it does not settle."""
+"""The default: SQP, and the joint iteration and descent for the problems it makes no headway on."""
 
 from __future__ import annotations
 
@@ -28,17 +28,18 @@ FEASIBLE = 1e-2
 
 @dataclass(frozen=True)
 class Adaptive:
-    """``Joint`` first, then ``OneShot`` for each problem that ``Joint`` makes no headway on.
+    """``SQP`` first, then ``Joint`` and ``OneShot``, for each problem that makes no headway.
 
-    The joint iteration needs the fewest sweeps near a solution and has no step control; the
-    one-shot iteration descends from anywhere and needs more. Every ``patience`` steps a problem
-    whose lowest KKT residual has not fallen enough since the last look goes on with ``one_shot``,
-    from its lowest loss so far, as far as an iterate tells (from its smallest state residual, where
-    none was small yet); the others, and its neighbours, do not notice.
+    SQP needs the fewest sweeps on nearly every problem; what its model fits badly, the joint
+    iteration may solve, and the one-shot iteration descends from anywhere. Every ``patience`` steps
+    a problem whose lowest KKT residual has not fallen enough since the last look goes on with the
+    next solver, from its lowest loss so far, as far as an iterate tells (from its smallest state
+    residual, where none was small yet); the others, and its neighbours, do not notice.
 
     Args:
-        joint: ``Joint(...)``, or ``SQP(...)``, for fewer sweeps and more work of its own a sweep;
-            what that makes no headway on goes to ``Joint()`` first, and then to ``one_shot``.
+        first: ``SQP(...)``, or ``Joint(...)``, which does about half of the work of its own a sweep
+            and keeps half of the memory, for up to twice the sweeps. What SQP makes no headway on
+            goes to ``Joint()``, and then to ``one_shot``.
         one_shot: ``OneShot(...)``.
         patience: steps between looks; the first one comes after two of them.
 
@@ -54,13 +55,13 @@ class Adaptive:
     [True, True]
     """
 
-    joint: Joint | SQP = field(default_factory=Joint)
+    first: SQP | Joint = field(default_factory=SQP)
     one_shot: OneShot = field(default_factory=OneShot)
     patience: int = 32
 
     def __post_init__(self) -> None:
         for name, value, kinds in (
-            ("joint", self.joint, (Joint, SQP)),
+            ("first", self.first, (SQP, Joint)),
             ("one_shot", self.one_shot, (OneShot,)),
         ):
             if not isinstance(value, kinds):
@@ -79,15 +80,18 @@ class Adaptive:
     @property
     def solvers(self) -> tuple[Any, ...]:
         """In the order in which a problem comes to them."""
-        between = (Joint(),) if isinstance(self.joint, SQP) else ()
-        return (self.joint, *between, self.one_shot)
+        between = (Joint(),) if isinstance(self.first, SQP) else ()
+        return (self.first, *between, self.one_shot)
 
     def init(self, kkt: KKT, start: Point) -> tuple[Point, AdaptiveState]:
         first, *others = self.solvers
         states = [first.init(kkt, start)[1], *(None for _ in others)]
-        infinite = torch.full_like(norm(start.x), math.inf)
-        at_first = torch.zeros_like(infinite, dtype=torch.int64)
-        return start, AdaptiveState(states, at_first, start, infinite, infinite, infinite, infinite)
+        inf = torch.full_like(norm(start.x), math.inf)
+        at_first = torch.zeros_like(inf, dtype=torch.int64)
+        return start, AdaptiveState(
+            states, at_first, start, score=inf, off=inf, total=inf, lowest=inf, before=inf,
+            moving=at_first > 0,
+        )  # fmt: skip
 
     def step(
         self, kkt: KKT, point: Point, sweep: Sweep, state: AdaptiveState
@@ -107,6 +111,8 @@ class Adaptive:
         """Send the problems without headway over to their next solver."""
         solvers, states = self.solvers, state.states
         stuck = (state.solver < len(solvers) - 1) & (state.lowest > SHARE * state.before)
+        stuck = stuck & state.moving
+        state.moving = torch.zeros_like(stuck)
         if not bool(stuck.any()):  # a host sync, every ``patience`` steps
             state.before = state.lowest
             return moved
@@ -150,17 +156,21 @@ class AdaptiveState:
     best: Point  # lowest score so far at a small state residual; before that, the smallest residual
     score: Tensor  # its score
     off: Tensor  # its state residual
+    total: Tensor  # KKT residual of the last sweep
     lowest: Tensor  # lowest KKT residual of this solver so far
     before: Tensor  # ``lowest`` at the last look
+    moving: Tensor  # (B,) whether it changed since then: it does not where a problem has finished
     count: int = 0
 
     def look(self, point: Point, sweep: Sweep) -> None:
         residuals = sweep.residuals
-        lower = (residuals.z <= FEASIBLE) & (sweep.score < self.score)
+        lower = (residuals.z <= FEASIBLE) & (sweep.score < self.score) & (sweep.score > -math.inf)
         better = torch.where(self.off <= FEASIBLE, lower, residuals.z < self.off)
         self.best, self.score, self.off = choose(
             better,
             (Point(sweep.f, sweep.mu, point.x), sweep.score, residuals.z),
             (self.best, self.score, self.off),
         )
+        self.moving = self.moving | (sweep.total != self.total)
+        self.total = sweep.total
         self.lowest = torch.fmin(sweep.total, self.lowest)  # past NaN

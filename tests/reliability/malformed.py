@@ -286,7 +286,7 @@ class Draw:
         if choice == 3:
             return io.OneShot(**self.options("OneShot", ["memory", "inner_memory", "accuracy"]))
         if choice == 4:
-            return io.Adaptive(**self.options("Adaptive", ["joint", "one_shot", "patience"]))
+            return io.Adaptive(**self.options("Adaptive", ["first", "one_shot", "patience"]))
         if choice == 5:
             names = ["optimizer", "accelerator", "inner_steps", "inner_tol", "warm"]
             return io.Nested(**self.options("Nested", names))
