@@ -22,6 +22,7 @@ from implicitopt import (
     OneShot,
     PaperRule,
     Picard,
+    Residuals,
     Solution,
     SolveError,
     Status,
@@ -29,6 +30,7 @@ from implicitopt import (
     fixed_point,
     solve,
 )
+from implicitopt.select import Candidate, Kept
 
 SOLVERS = {
     "anderson I": Joint(Anderson("I")),
@@ -501,6 +503,27 @@ def test_select_best_is_on_the_equilibrium_and_low(solver):
     # The lowest, to what a residual a thousand times larger leaves open of it.
     kept = (score - lowest).abs() / lowest.abs() + (sol.residuals.z - off).abs()
     assert (kept.amin(dim=0) <= 1e-6).all()
+
+
+def test_best_takes_a_residual_a_thousand_times_smaller_for_a_slightly_higher_score():
+    """An early iterate's score may be too low; one that is not believed either way stays out."""
+
+    def at(score, residual):
+        one = torch.tensor([score], dtype=torch.float64), torch.tensor([residual])
+        parts = Residuals(one[1] / 2, one[1] / 2, one[1] / 2)
+        return Candidate(9, one[0], one[0], one[0], parts, one[1])
+
+    def keeps(new, old):
+        value, residual = old.value, old.residual
+        kept = Kept(value, residual, old.residuals.z, old.score, residual)
+        return Best()(new, kept).item()
+
+    early, late = at(0.98, 1e-2), at(1.0, 1e-6)
+    assert keeps(late, early)
+    assert not keeps(early, late)
+    assert not keeps(at(1.0, 1e-4), early)  # not so much smaller
+    assert not keeps(at(1.2, 1e-6), early)  # higher by more than the root of 1e-2
+    assert keeps(early, at(1.2, 1e-6))
 
 
 def test_the_estimate_of_what_an_input_is_worth_is_exact_to_first_order():

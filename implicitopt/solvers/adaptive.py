@@ -37,9 +37,10 @@ class Adaptive:
     residual, where none was small yet); the others, and its neighbours, do not notice.
 
     Args:
-        first: ``SQP(...)``, or ``Joint(...)``, which does about half of the work of its own a sweep
-            and keeps half of the memory, for up to twice the sweeps. What SQP makes no headway on
-            goes to ``Joint()``, and then to ``one_shot``.
+        first: ``SQP(...)``, or ``Joint(...)``, which does a quarter of the work of its own a sweep
+            and keeps half of the memory, for up to twice the sweeps: what training, with a few
+            sweeps a step, may want. What SQP makes no headway on goes to ``Joint()``, and then to
+            ``one_shot``.
         one_shot: ``OneShot(...)``.
         patience: steps between looks; the first one comes after two of them.
 
