@@ -23,8 +23,10 @@ FACES_DECAY = 0.5  # λ, as examples/generative.py has it
 __all__ = ["decoders", "digits"]
 
 
-def digits(folder: Path, *, steps: int, bar: Callable[..., Any]) -> tuple[Any, ...]:
-    """The quickstart's decoder: the arguments of ``solve`` for held-out digits."""
+def digits(
+    folder: Path, *, steps: int, bar: Callable[..., Any], count: int = IMAGES
+) -> tuple[Any, ...]:
+    """The quickstart's decoder: the arguments of ``solve`` for ``count`` held-out digits."""
     quickstart = examples_module("quickstart")
     torch.manual_seed(0)
     images, held_out = quickstart.digits(0)
@@ -35,7 +37,7 @@ def digits(folder: Path, *, steps: int, bar: Callable[..., Any]) -> tuple[Any, .
         quickstart.train(model, images, steps, 64, 1e-2, bar)
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(model.state_dict(), path)
-    return _frozen(model), model.loss(held_out[:IMAGES]), torch.zeros(IMAGES, LATENT), model.start
+    return _frozen(model), model.loss(held_out[:count]), torch.zeros(count, LATENT), model.start
 
 
 def trained(folder: Path, images: torch.Tensor) -> tuple[Any, ...]:

@@ -1,0 +1,71 @@
+"""What each solver makes of 64 held-out digits: ``python -m benchmarks.held_out``.
+
+The quickstart's decoder, codes from 0, with 20, 60 and 100 sweeps: mean, median and largest loss at
+the codes' true equilibria, and how many are more than half above the lowest loss of any solver. A
+median over a few images hides what this shows: a solver that is fast on most and lost on some.
+
+Options: ``--out FOLDER``, where the decoder is, or is put once it is trained; ``--quiet``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor
+from tqdm import tqdm
+
+import implicitopt
+from benchmarks.decoders import digits
+from implicitopt import SQP, Adaptive, OneShot
+
+__all__ = ["losses", "table"]
+
+BUDGETS = (20, 60, 100)
+SOLVERS: dict[str, Callable[[], Any]] = {
+    "default": Adaptive, "SQP": SQP, "Adaptive(SQP())": lambda: Adaptive(SQP()), "OneShot": OneShot,
+}  # fmt: skip
+
+
+@torch.no_grad()
+def losses(arguments: tuple[Any, ...], *, bar: Callable[..., Any]) -> dict[str, Tensor]:
+    """Solver and budget -> the loss of each problem at its input's true equilibrium."""
+    f, loss, _, z0 = arguments
+    found = {}
+    for name in bar(SOLVERS, desc="held-out digits"):
+        for steps in BUDGETS:
+            sol = implicitopt.solve(*arguments, solver=SOLVERS[name](), max_steps=steps)
+            rest = implicitopt.fixed_point(f, sol.x, z0, max_steps=300, tol=1e-4)
+            found[f"{name}, {steps}"] = loss(rest, sol.x)
+    return found
+
+
+def table(found: dict[str, Tensor]) -> str:
+    """A row per solver and budget."""
+    lowest = torch.stack([*found.values()]).amin(dim=0)
+    rows = [
+        [name, *(f"{v:.3f}" for v in (row.mean(), row.median(), row.max())),
+         f"{int((row > 1.5 * lowest).sum())} of {len(row)}"]
+        for name, row in found.items()
+    ]  # fmt: skip
+    header = ["solver, sweeps", "mean loss", "median", "largest", "half above the lowest"]
+    return tabulate(rows, header, tablefmt="github", disable_numparse=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.held_out", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("out/benchmarks"), help="the decoder's")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    bar = partial(tqdm, disable=options.quiet, leave=False)
+    print(table(losses(digits(options.out, steps=170, bar=bar, count=64), bar=bar)))
+
+
+if __name__ == "__main__":
+    main()
