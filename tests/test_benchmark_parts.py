@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import implicitopt
-from benchmarks import bilevel, equilibria, families, gradients, memory, peers, warm
+from benchmarks import bilevel, equilibria, families, gradients, held_out, memory, peers, warm
 from benchmarks.accuracy import relative_error
 
 
@@ -223,3 +223,14 @@ def test_rows_in_the_order_of_the_joint_iteration_halve_the_products_of_the_adjo
         found[name] = (grad, sol.adjoint.products)
     assert relative_error(found["default"][0], found["minres"][0]) < 1e-4
     assert found["default"][1] <= 0.6 * found["minres"][1]
+
+
+def test_a_problem_that_ends_far_above_the_lowest_loss_is_counted():
+    f, loss, x0, z0 = families.linear_quadratic(10, 4, 0.5, batch=3)
+    found = held_out.losses((f, loss, x0, z0), bar=lambda items, desc: items)
+    assert set(found) == {f"{name}, {n}" for name in held_out.SOLVERS for n in held_out.BUDGETS}
+    exact = found["default, 100"]
+    torch.testing.assert_close(found["SQP, 100"], exact, rtol=1e-6, atol=1e-6)
+    shown = held_out.table({"a, 20": torch.tensor([1.0, 4.0]), "b, 20": torch.tensor([1.2, 1.0])})
+    assert "1 of 2" in shown
+    assert "0 of 2" in shown
