@@ -104,12 +104,12 @@ class Best:
         check_option("Best small", self.small, float, above=0)
 
     def __call__(self, new: Candidate, kept: Kept) -> Tensor:
-        rounding = torch.finfo(new.score.dtype).eps ** 0.75 * (1 + new.value.abs())
+        size = new.value.abs()
+        rounding = torch.finfo(new.score.dtype).eps ** 0.75 * (1 + size)
         less = torch.minimum(new.residual, kept.residual)
         more = torch.maximum(new.residual, kept.residual)
-        scale = torch.maximum(new.score.abs(), kept.score.abs())
-        doubt = torch.where(less <= NEARER * more, more.sqrt().clamp(max=1) * scale, rounding)
-        tie = (new.score - kept.score).abs() <= torch.maximum(rounding, doubt)
+        doubt = torch.where(less <= NEARER * more, more.sqrt() * size, rounding)
+        tie = (new.score - kept.score).abs() <= doubt
         better = torch.where(tie, new.residual < kept.residual, new.score < kept.score)
         feasible, was_feasible = new.residuals.z <= self.small, kept.state_residual <= self.small
         nearer = new.residuals.z < kept.state_residual
