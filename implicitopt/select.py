@@ -108,8 +108,8 @@ class Best:
         rounding = torch.finfo(new.score.dtype).eps ** 0.75 * (1 + size)
         less = torch.minimum(new.residual, kept.residual)
         more = torch.maximum(new.residual, kept.residual)
-        doubt = torch.where(less <= NEARER * more, more.sqrt() * size, rounding)
-        tie = (new.score - kept.score).abs() <= doubt
+        doubt = torch.where(less <= NEARER * more, more.sqrt() * size, 0.0)
+        tie = (new.score - kept.score).abs() <= torch.maximum(doubt, rounding)
         better = torch.where(tie, new.residual < kept.residual, new.score < kept.score)
         feasible, was_feasible = new.residuals.z <= self.small, kept.state_residual <= self.small
         nearer = new.residuals.z < kept.state_residual
