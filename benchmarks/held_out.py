@@ -22,9 +22,11 @@ from tqdm import tqdm
 
 import implicitopt
 from benchmarks.decoders import digits
+from benchmarks.problems import Setting
+from benchmarks.profile import losses
 from implicitopt import SQP, Adaptive, OneShot
 
-__all__ = ["losses", "table"]
+__all__ = ["measure", "table"]
 
 BUDGETS = (20, 60, 100)
 SOLVERS: dict[str, Callable[[], Any]] = {
@@ -33,15 +35,13 @@ SOLVERS: dict[str, Callable[[], Any]] = {
 
 
 @torch.no_grad()
-def losses(arguments: tuple[Any, ...], *, bar: Callable[..., Any]) -> dict[str, Tensor]:
+def measure(setting: Setting, *, bar: Callable[..., Any]) -> dict[str, Tensor]:
     """Solver and budget -> the loss of each problem at its input's true equilibrium."""
-    f, loss, _, z0 = arguments
     found = {}
     for name in bar(SOLVERS, desc="held-out digits"):
         for steps in BUDGETS:
-            sol = implicitopt.solve(*arguments, solver=SOLVERS[name](), max_steps=steps)
-            rest = implicitopt.fixed_point(f, sol.x, z0, max_steps=300, tol=1e-4)
-            found[f"{name}, {steps}"] = loss(rest, sol.x)
+            sol = implicitopt.solve(*setting.arguments, solver=SOLVERS[name](), max_steps=steps)
+            found[f"{name}, {steps}"] = losses(setting, sol.x)
     return found
 
 
@@ -64,7 +64,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     bar = partial(tqdm, disable=options.quiet, leave=False)
-    print(table(losses(digits(options.out, steps=170, bar=bar, count=64), bar=bar)))
+    setting = Setting(digits(options.out, steps=170, bar=bar, count=64), None)
+    print(table(measure(setting, bar=bar)))
 
 
 if __name__ == "__main__":

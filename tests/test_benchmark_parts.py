@@ -8,6 +8,7 @@ import torch
 import implicitopt
 from benchmarks import bilevel, equilibria, families, gradients, held_out, memory, peers, warm
 from benchmarks.accuracy import relative_error
+from benchmarks.problems import Setting
 
 
 def bar(items, desc=None):
@@ -226,8 +227,8 @@ def test_rows_in_the_order_of_the_joint_iteration_halve_the_products_of_the_adjo
 
 
 def test_a_problem_that_ends_far_above_the_lowest_loss_is_counted():
-    f, loss, x0, z0 = families.linear_quadratic(10, 4, 0.5, batch=3)
-    found = held_out.losses((f, loss, x0, z0), bar=lambda items, desc: items)
+    setting = Setting(families.linear_quadratic(10, 4, 0.5, batch=3), None)
+    found = held_out.measure(setting, bar=lambda items, desc: items)
     assert set(found) == {f"{name}, {n}" for name in held_out.SOLVERS for n in held_out.BUDGETS}
     exact = found["default, 100"]
     torch.testing.assert_close(found["SQP, 100"], exact, rtol=1e-6, atol=1e-6)

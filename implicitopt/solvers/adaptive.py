@@ -109,8 +109,8 @@ class Adaptive:
     def _choose(self, moved: Point, state: AdaptiveState) -> Point:
         """Send the problems without headway over to their next solver."""
         solvers, states = self.solvers, state.states
-        stuck = (state.solver < len(solvers) - 1) & (state.lowest > SHARE * state.before)
-        stuck = stuck & state.moving
+        slow = state.moving & (state.lowest > SHARE * state.before)
+        stuck = slow & (state.solver < len(solvers) - 1)
         state.moving = torch.zeros_like(stuck)
         if not bool(stuck.any()):  # a host sync, every ``patience`` steps
             state.before = state.lowest
