@@ -13,7 +13,7 @@ from benchmarks.sharp import sharp
 from benchmarks.shears import shear
 from benchmarks.sweeps import count
 from benchmarks.units import in_units
-from implicitopt import SQP, Adaptive, Implicit, Joint, L2Ball, LinfBall, OneShot, solve
+from implicitopt import SQP, Adaptive, Box, Implicit, Joint, L2Ball, LinfBall, OneShot, solve
 from implicitopt.kkt import Point
 from implicitopt.solvers import kkt_model
 from implicitopt.solvers.kkt_model import Model
@@ -26,6 +26,7 @@ class Differences:
     def __init__(self):
         self.last, self.rows, self.points = None, [], []
         self.of_f = self.of_loss = 1.0  # how curved f and the loss are
+        self.flips = 0  # steps that would have led up
 
     def push(self, point, sweep):
         g = torch.cat(sweep.loss_grad, 1)
@@ -122,11 +123,33 @@ class Differences:
         grad = -sweep.r[:, 2 * n :] / tau
         right = -torch.cat([sweep.r[:, n : 2 * n], grad, sweep.r[:, :n]], 1)
         found = torch.linalg.solve(K, right[..., None])[..., 0]
+        # Downhill, if it is a step up: with states and adjoints at their equilibria all the same.
+        at_rest = (inner @ right[:, others, None])[..., 0]
+        slope = ((grad + (side.mT @ at_rest[..., None])[..., 0]) * found[:, n:N]).sum(dim=1)
+        found[:, n:N] *= torch.where(slope > 0, -1.0, 1.0)[:, None]
+        self.flips += int((slope > 0).sum())
+        found[:, others] = at_rest - (inner @ side @ found[:, n:N, None])[..., 0]
         return Point(found[:, :n], found[:, N:], found[:, n:N])
 
 
+def wells(n, d, batch):
+    """A linear map, and a loss with a maximum at z = 0 and minima on all sides of it."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=F64)
+
+    W, U, x0 = 0.6 * torch.linalg.qr(normal(n, n)).Q, normal(d, n), 0.1 * normal(batch, d)
+
+    def loss(z, x):
+        return ((z**2 - 1) ** 2).sum(-1) + 0.05 * (x**2).sum(-1)
+
+    return lambda z, x: z @ W + x @ U, loss, x0, x0.new_zeros(batch, n)
+
+
+@pytest.mark.parametrize("up", [False, True], ids=["convex", "wells"])
 @pytest.mark.parametrize("d", [3, 40], ids=["in x", "in differences of x"])
-def test_the_step_is_that_of_dense_matrices(d, monkeypatch):
+def test_the_step_is_that_of_dense_matrices(d, up, monkeypatch):
     dense, compared, alphas, calls = Differences(), [], [], []
     push, reduce, step, probe = KKTSecants.push, Model._reduce, Model.step, Model.probe
 
@@ -154,10 +177,25 @@ def test_the_step_is_that_of_dense_matrices(d, monkeypatch):
     monkeypatch.setattr(Model, "_reduce", reduced)
     monkeypatch.setattr(Model, "step", stepped)
     monkeypatch.setattr(Model, "probe", probed)
-    problem = tanh("gauss", n=10, d=d, rows=5, batch=3)
+    problem = wells(10, d, 3) if up else tanh("gauss", n=10, d=d, rows=5, batch=3)
     implicitopt.solve(*problem, solver=SQP(memory=6), max_steps=12, tol=0.0)
     assert len(compared) >= 6
     assert max(compared) <= 1e-9
+    assert (dense.flips > 0) == up
+
+
+@pytest.mark.parametrize("options", [{}, {"project": Box(-0.5, 0.5)}], ids=["free", "in a box"])
+def test_it_ends_in_minima(options):
+    """From near a maximum, to which Newton's steps lead: the loss's Hessian says where it ends."""
+    f, loss, x0, z0 = wells(3, 3, 32)
+    sol = solve(f, loss, x0, z0, solver=SQP(), max_steps=300, **options)
+    assert sol.converged.all()
+    inverse = torch.linalg.inv(torch.eye(3, dtype=F64) - torch.func.jacrev(f)(z0[0], x0[0]))
+    response = inverse @ torch.func.jacrev(f, argnums=1)(z0[0], x0[0])
+    for x, z in zip(sol.x, sol.z, strict=True):
+        curvature = response.mT @ torch.diag(12 * z**2 - 4) @ response + 0.1 * torch.eye(3)
+        free = x.abs() < 0.5 if options else x == x
+        assert (torch.linalg.eigvalsh(curvature[free][:, free]) > 0).all()
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ same for the loss, with S Gᵀ, which is symmetric where ∂²ℓ does not chang
 
 States and adjoints are eliminated, each at its equilibrium as Δx has it. What is left is a
 quadratic function of Δx, which is minimized: at one go, or, under a constraint, by projected
-gradients. All of it is done on products of the differences: the model is never formed.
+gradients. Where it has no minimum, its stationary point may lie uphill, and the step goes the
+opposite way. All of it is done on products of the differences: the model is never formed.
 
 Source: secants of both ends, Griewank and Walther 2002, and Schlenkrich, Griewank, Walther 2010
 (adjoint Broyden updates). Projected gradients: Birgin, Martínez, Raydan 2000.
@@ -239,7 +240,11 @@ class Model:
         self.probed = Probe((g_z, g_x), a, with_d, row, curvature)
 
     def solve(self, x: Tensor, project: Callable[[Tensor], Tensor] | None) -> Move:
-        """The least of the quadratic function, with x + Δx in C."""
+        """The least of the quadratic function, with x + Δx in C.
+
+        Where it curves downward Newton's step may lead up, to a saddle or a maximum: then it is
+        made the other way, which leads down, and no less steeply as it goes on.
+        """
         K, p, basis, alpha = self.K, self.p, self.basis, self.alpha
         c = K.shape[1]
         system = alpha * (K if basis.products is None else bmm(K, basis.products))
@@ -251,6 +256,9 @@ class Model:
         else:
             dx = self._inputs(torch.baddbmm(p, K, w)) - self.residuals.x
             dx = (-alpha[:, 0] * dx).to(x.dtype)
+        slope = (p * w).sum(dim=(1, 2)) - (self.residuals.x * dx).sum(dim=1)
+        down = torch.where(slope > 0, -1.0, 1.0)[:, None]
+        dx, w = down.to(dx.dtype) * dx, down[..., None] * w
         if project is not None:
             dx, w = self._projected(x, project, dx)
         forward = torch.cat([self.forward[:, :, c:], bmm(self.forward[:, :, :c], w)], dim=2).mT
