@@ -92,8 +92,7 @@ def measure(
         marks = {f"nested Adam, {kind}": each.loss for kind, each in adam.items()}
         marks["default"] = run(setting, None, 5 if quick else MARK_SWEEPS).loss
         ours = {"default": None, "Joint, memory 40": _joint(), "OneShot": implicitopt.OneShot(),
-                "SQP": implicitopt.SQP(), "paper": paper(damped=False),
-                "paper, damped": paper(damped=True)}  # fmt: skip
+                "paper": paper(damped=False), "paper, damped": paper(damped=True)}  # fmt: skip
         found[name] = {}
         for mark, loss in marks.items():
             runs = {

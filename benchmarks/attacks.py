@@ -17,7 +17,7 @@ from torch import Tensor
 import implicitopt
 from benchmarks.families import Draw, scaled
 from benchmarks.paper import paper
-from implicitopt import SQP, Adaptive, Box, L2Ball, LinfBall, OneShot
+from implicitopt import SQP, Adaptive, Box, Joint, L2Ball, LinfBall, OneShot
 
 __all__ = ["classifier", "measure", "table"]
 
@@ -29,7 +29,7 @@ BOUNDS: dict[str, Callable[[Tensor], Callable[[Tensor], Tensor]]] = {
     "[0, 1]": lambda x: Box(0.0, 1.0),
 }
 SOLVERS: dict[str, Callable[[], Any]] = {
-    "default": Adaptive, "SQP": SQP, "Adaptive(SQP())": lambda: Adaptive(SQP()),
+    "default": Adaptive, "SQP": SQP, "Joint": Joint, "Adaptive(Joint())": lambda: Adaptive(Joint()),
     "OneShot": OneShot, "paper": lambda: paper(damped=False),
 }  # fmt: skip
 

@@ -147,6 +147,7 @@ def by_implicitopt(problem: Bilevel, tick: Tick) -> Callable[[], Solved]:
 
         sol = implicitopt.solve(
             f, loss, problem.w0, torch.zeros_like(problem.y), tol=TOL, max_steps=MAX_STEPS,
+            solver=implicitopt.Adaptive(implicitopt.Joint()),  # f is cheap
             adjoint=implicitopt.Implicit(tol=TOL, max_steps=MAX_STEPS),
         )  # fmt: skip
         (grad,) = torch.autograd.grad(problem.outer(torch, sol.x), theta)

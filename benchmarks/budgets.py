@@ -15,13 +15,13 @@ from tabulate import tabulate
 
 from benchmarks.problems import Setting
 from benchmarks.profile import losses, run
-from implicitopt import SQP, Best, Last, OneShot, PaperRule
+from implicitopt import Best, Joint, Last, OneShot, PaperRule
 
 __all__ = ["measure", "table"]
 
 BUDGETS = (5, 10, 15, 20, 30)
 SOLVERS: dict[str, Callable[[], Any]] = {
-    "default": lambda: None, "SQP": SQP, "OneShot": OneShot,
+    "default": lambda: None, "Joint": Joint, "OneShot": OneShot,
 }  # fmt: skip
 RULES = {"best": Best(), "best, small 0.03": Best(small=0.03), "last": Last(), "paper": PaperRule()}
 

@@ -7,8 +7,9 @@ sweep does not depend on them. float32.
 
 Measured, in medians of interleaved calls in one run by time.perf_counter, with the device
 synchronized before and after: a bare sweep (f, its transposed product, and the loss's gradient),
-and solves by ``OneShot()`` and by the default, run to their limit of sweeps (tol=0). Syncs are
-those that torch.cuda.set_sync_debug_mode reports over a solve, the checks of the inputs included.
+and solves by ``OneShot()``, ``Joint()`` and the default, run to their limit of sweeps (tol=0).
+Syncs are those that torch.cuda.set_sync_debug_mode reports over a solve of the default, the checks
+of the inputs included.
 
 Without a CUDA device the result says so, and nothing is measured.
 """
@@ -42,6 +43,7 @@ PAPER = (
 
 SOLVERS: dict[str, Callable[[], Any]] = {
     "OneShot": implicitopt.OneShot,
+    "Joint": implicitopt.Joint,
     "Adaptive (default)": implicitopt.Adaptive,
 }
 

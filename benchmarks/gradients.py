@@ -32,7 +32,7 @@ from benchmarks import families
 from benchmarks.accuracy import relative_error
 from benchmarks.bare import bare_of
 from benchmarks.clock import interleaved
-from implicitopt import AdjointWarning, Envelope, Implicit, Status
+from implicitopt import AdjointWarning, Envelope, Implicit, Joint, Status
 
 __all__ = ["LAMBDAS", "Case", "cases", "dense", "measure", "table"]
 
@@ -93,7 +93,7 @@ def decoder(steps: int, count: int = 8) -> Callable[[float], Case]:
     optimizer = torch.optim.Adam(theta, lr=3e-3)
     for step in range(steps):
         optimizer.zero_grad()
-        sol = case(0.01, at=count * (step + 1)).solve(max_steps=20)
+        sol = case(0.01, at=count * (step + 1)).solve(max_steps=20, solver=Joint())
         sol.value.mean().backward()
         optimizer.step()
     return case

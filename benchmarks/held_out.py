@@ -24,13 +24,13 @@ import implicitopt
 from benchmarks.decoders import digits
 from benchmarks.problems import Setting
 from benchmarks.profile import losses
-from implicitopt import SQP, Adaptive, OneShot
+from implicitopt import SQP, Adaptive, Joint, OneShot
 
 __all__ = ["measure", "table"]
 
 BUDGETS = (20, 60, 100)
 SOLVERS: dict[str, Callable[[], Any]] = {
-    "default": Adaptive, "SQP": SQP, "Adaptive(SQP())": lambda: Adaptive(SQP()), "OneShot": OneShot,
+    "default": Adaptive, "SQP": SQP, "Joint": Joint, "OneShot": OneShot,
 }  # fmt: skip
 
 

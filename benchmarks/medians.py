@@ -17,7 +17,7 @@ __all__ = ["Found", "medians", "table"]
 
 TOL, MAX_STEPS = 1e-6, 400
 SOLVERS: dict[str, Callable[[], Any]] = {
-    "default": Adaptive, "Joint": Joint, "SQP": SQP, "Adaptive(SQP())": lambda: Adaptive(SQP()),
+    "default": Adaptive, "SQP": SQP, "Joint": Joint, "Adaptive(Joint())": lambda: Adaptive(Joint()),
     "OneShot": OneShot, "paper": lambda: paper(damped=False),
 }  # fmt: skip
 

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.bare import bare
 from benchmarks.clock import now
 from benchmarks.families import linear_quadratic, tanh
-from implicitopt import SQP, Adaptive, Anderson, Joint, OneShot
+from implicitopt import Adaptive, Anderson, Joint, OneShot
 from implicitopt.iteration import iterate
 from implicitopt.select import Best
 from implicitopt.solve import _prepare
@@ -34,10 +34,10 @@ OPERATIONS = "tensor operations of a step, tanh"
 
 SOLVERS: dict[str, Callable[[], Any]] = {
     "default": Adaptive,
+    "Joint": Joint,
     "Joint, memory 20": lambda: Joint(Anderson(memory=20)),
     "Joint, memory 10": lambda: Joint(Anderson(memory=10)),
     "OneShot": OneShot,
-    "SQP": SQP,
 }
 
 

@@ -12,7 +12,7 @@ training loss (of f), counted in a run of their own; the error is that of the gr
 decays, against the closed form or the dense Hessian in float64.
 
 Times are medians of interleaved calls in one run by time.perf_counter, shown over that of
-implicitopt's default; JAX's are without the time to compile. A peer that is not installed is named
+implicitopt's; JAX's are without the time to compile. A peer that is not installed is named
 as absent (``pip install ".[peers]"``).
 """
 

@@ -26,7 +26,7 @@ import implicitopt
 from benchmarks.clock import now
 from benchmarks.paper import paper
 from benchmarks.problems import Setting
-from implicitopt import SQP, Adaptive, Anderson, Broyden, Joint, Nested, OneShot, ProjectedGradient
+from implicitopt import Adaptive, Anderson, Broyden, Joint, Nested, OneShot, ProjectedGradient
 
 __all__ = ["SOLVERS", "draw", "measure", "profile", "table"]
 
@@ -38,7 +38,6 @@ SOLVERS: dict[str, Callable[[], Any]] = {
     "default": Adaptive,
     "Joint": Joint,
     "OneShot": OneShot,
-    "SQP": SQP,
     "Joint, Anderson II": lambda: Joint(Anderson("II")),
     "Joint, Broyden": lambda: Joint(Broyden("good")),
     "paper": lambda: paper(damped=False),

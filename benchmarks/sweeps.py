@@ -25,9 +25,9 @@ TOL, MAX_STEPS = 1e-6, 300
 
 SOLVERS: dict[str, Callable[[], Any]] = {
     "Adaptive (default)": Adaptive,
+    "SQP": SQP,
     "Joint": Joint,
     "OneShot": OneShot,
-    "SQP": SQP,
     "paper": lambda: paper(damped=False),
     "paper, damped": lambda: paper(damped=True),
     "Joint, Anderson II": lambda: Joint(Anderson("II")),

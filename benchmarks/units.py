@@ -16,7 +16,7 @@ from tabulate import tabulate
 
 import implicitopt
 from benchmarks.families import Problem, linear_quadratic, tanh
-from implicitopt import SQP, Adaptive, Joint, OneShot
+from implicitopt import Adaptive, Joint, OneShot
 
 __all__ = ["in_units", "measure", "table"]
 
@@ -24,7 +24,7 @@ MAX_STEPS = 400
 OF_X = (1e-3, 1e-2, 0.1, 1.0, 10.0, 100.0, 1000.0)
 OF_LOSS = (1e-3, 1.0, 1e3)
 SOLVERS: dict[str, Callable[[], Any]] = {
-    "default": Adaptive, "Joint": Joint, "OneShot": OneShot, "SQP": SQP,
+    "default": Adaptive, "Joint": Joint, "OneShot": OneShot,
 }  # fmt: skip
 FAMILIES: dict[str, Callable[[], Problem]] = {
     "tanh": partial(tanh, "sym", lam=1.0),

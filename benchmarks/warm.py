@@ -16,12 +16,12 @@ from tabulate import tabulate
 from torch import Tensor
 
 from benchmarks.problems import monotone, quadratic, tanh
-from implicitopt import SQP, Adaptive, OneShot, Solution, WarmStart, solve
+from implicitopt import Adaptive, Joint, OneShot, Solution, WarmStart, solve
 
 __all__ = ["in_pieces", "measure", "table"]
 
 TOL, MOST, PIECE, PIECES, SHIFT = 1e-6, 300, 8, 16, 0.01
-SOLVERS: dict[str, Callable[[], Any]] = {"default": Adaptive, "OneShot": OneShot, "SQP": SQP}
+SOLVERS: dict[str, Callable[[], Any]] = {"default": Adaptive, "Joint": Joint, "OneShot": OneShot}
 PROBLEMS: dict[str, Callable[[], tuple[Any, ...]]] = {
     "linear, cond 1e+02, ρ 0.9": partial(quadratic, 1e2, 0.9, 16),
     "linear, cond 1e+04, ρ 0.3": partial(quadratic, 1e4, 0.3, 16),

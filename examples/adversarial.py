@@ -316,7 +316,7 @@ def times(run: Run[Settings], model: Classifier, data: Data, bar) -> dict[str, A
     pgd = Attack.pgd(s.radius, s.pgd_steps, rate=s.pgd_rate, clip=s.clip)
     others = {
         name: [Attack(s.radius, sweeps, chosen(s, name), s.clip) for sweeps in BUDGETS]
-        for name in ("default", "one-shot", "paper")
+        for name in ("joint-first", "default", "one-shot", "paper")
     }
     # PGD may be content with rougher equilibria: the strictest comparison is with that.
     rough = Attack.pgd(s.radius, s.pgd_steps, rate=s.pgd_rate, inner_steps=5, clip=s.clip)

@@ -126,9 +126,11 @@ def train(model: Decoder, images: Tensor, steps: int, batch: int, rate: float, b
         chosen = torch.randperm(len(images))[:batch]
         # Ten sweeps: the codes need not be optimal, since the next visit goes on from here.
         # The weights' gradient is taken at the state that is returned: it must be near equilibrium.
-        options = {"max_steps": 10, "select": implicitopt.Best(small=0.03), "sample_iterate": True}
-        loss = model.loss(images[chosen])
-        sol = implicitopt.solve(model.f, loss, codes[chosen], model.start, **options)
+        # So few sweeps are too few for the default's model to pay: the joint iteration is cheaper.
+        sol = implicitopt.solve(
+            model.f, model.loss(images[chosen]), codes[chosen], model.start, max_steps=10,
+            solver=implicitopt.Joint(), select=implicitopt.Best(small=0.03), sample_iterate=True,
+        )  # fmt: skip
         codes[chosen] = sol.x.detach()
         # Keep f contractive, at a point of the path as the paper does; 16 images are enough.
         z, x = sol.iterate

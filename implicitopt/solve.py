@@ -87,7 +87,7 @@ def solve(
         z0: the state to start from, tensors or a callable ``x0 -> z0``; the solver starts from
             ``f(z0, x0)``. None: zeros shaped like ``x0`` if f maps those to their own shape.
         solver: ``Adaptive(...)``, ``Joint(...)``, ``OneShot(...)``, ``SQP(...)`` or
-            ``Nested(...)``; None: ``Adaptive()``, the joint iteration with a fallback to one-shot
+            ``Nested(...)``; None: ``Adaptive()``, SQP with a fallback to the joint iteration and
             descent.
         adjoint: ``Envelope()`` (default), ``Implicit(...)`` or ``FrozenInput(...)``.
         project: the projection onto the set C that x is confined to, per problem: ``L2Ball``,

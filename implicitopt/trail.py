@@ -20,7 +20,7 @@ from implicitopt.solvers.secants import Secants
 __all__ = ["Trail"]
 
 #: Of how many of the newest differences it depends whether they are used.
-NEWEST = 15
+NEWEST = 30
 #: They are where Sᵀ H S, H the Hessian of L, is symmetric up to this share of it: A is then one
 #: matrix for all of them.
 SYMMETRIC = 0.1

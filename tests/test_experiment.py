@@ -63,7 +63,7 @@ def test_the_docstrings_examples_run(name):
 def test_without_flags_the_first_preset_runs():
     found = run()
     assert found.settings == Settings()
-    assert (found.preset, found.seed, found.solver) == ("cpu", 0, "default")
+    assert (found.preset, found.seed, found.solver) == ("cpu", 0, "joint-first")
     assert found.out == Path("out/digits-cpu")
     assert found.data is None
     assert not found.resume

@@ -40,8 +40,8 @@ SOLVERS = {
     "picard": Joint(Picard(), StepSizes(z=1.0, mu=1.0, x=0.2)),
     "one shot": OneShot(),
     "sqp": SQP(),
-    "adaptive, sqp": Adaptive(SQP(), patience=5),
-    "adaptive": Adaptive(patience=5),  # so early that most problems go over to one shot
+    "adaptive": Adaptive(patience=5),
+    "adaptive, joint": Adaptive(Joint(), patience=5),  # so early that most go over
     "nested": Nested(partial(torch.optim.Adam, lr=0.05), inner_steps=30, inner_tol=1e-9),
 }
 #: Those expected to converge on well-conditioned problems in a few hundred sweeps.

@@ -109,7 +109,9 @@ def test_a_step_size_that_is_given_is_kept():
 
 
 @pytest.mark.parametrize("of_loss", [1e-3, 1.0])
-@pytest.mark.parametrize("solver", [Joint(), Adaptive(patience=8)], ids=["joint", "adaptive"])
+@pytest.mark.parametrize(
+    "solver", [Joint(), Adaptive(Joint(), patience=8)], ids=["joint", "adaptive"]
+)
 def test_problems_of_other_units_do_not_notice_each_other(solver, of_loss):
     units = torch.tensor([1.0, 1e-2, 100.0, 1.0, 0.1, 10.0], dtype=F64)[:, None]
 

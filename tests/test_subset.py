@@ -10,7 +10,8 @@ from implicitopt import SQP, Adaptive, Anderson, Broyden, Joint, L2Ball, Nested,
 
 F64 = torch.float64
 SOLVERS = {
-    "adaptive": Adaptive(patience=8),  # soon enough that problems change to descent
+    "adaptive": Adaptive(patience=8),
+    "adaptive, joint": Adaptive(Joint(), patience=8),  # soon enough that problems change to descent
     "joint": Joint(),
     "joint II": Joint(Anderson("II")),
     "broyden": Joint(Broyden()),

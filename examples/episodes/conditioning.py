@@ -55,7 +55,7 @@ def conditioning(
 def _measured(learner: Equilibrium, episode: Episode, max_steps: int) -> Conditioning:
     """One backward pass, and what its adjoint reports."""
     inner: Inner = learner.inner
-    implicit = implicitopt.Implicit(tol=inner.adjoint_tol, max_steps=max_steps)
+    implicit = implicitopt.Implicit(tol=inner.adjoint_tol, max_steps=max_steps, recycle=0)
     sol = learner.learn(episode.support, episode.support_labels, adjoint=implicit)
     logits = learner.answer(episode.query, sol.x)
     with warnings.catch_warnings():

@@ -43,7 +43,7 @@ class Run(Generic[S]):
     out: Path
     data: Path | None = None
     seed: int = 0
-    solver: str = "default"
+    solver: str = "joint-first"
     resume: bool = False
     quiet: bool = False
     command: str = ""
@@ -93,7 +93,7 @@ def parse(
     argv: Sequence[str] | None = None,
     *,
     name: str | None = None,
-    solver: str = "default",
+    solver: str = "joint-first",
 ) -> Run[S]:
     """Read the command line; a mistake in it ends the script with a message and status 2.
 
@@ -157,7 +157,10 @@ def _add_shared(
     add("--data", type=Path, metavar="DIR", help="folder of the data sets (default: download)")
     add("--out", type=Path, metavar="DIR", help=f"results (default out/{name}-PRESET)")
     add("--seed", type=_seed, default=0, metavar="N", help="of everything random (default 0)")
-    found = "of the inputs (default %(default)s); default is implicitopt's own, Adaptive()"
+    found = (
+        "of the inputs (default %(default)s: Adaptive(Joint()), which training's few sweeps suit); "
+        "default is implicitopt's own, Adaptive()"
+    )
     add("--solver", choices=SOLVERS, default=solver, help=found)
     add("--resume", action="store_true", help="go on from the newest checkpoint in --out")
     add("--quiet", action="store_true", help="no progress bars")

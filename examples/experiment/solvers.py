@@ -11,7 +11,9 @@ import torch
 import implicitopt
 
 #: The values of ``--solver``.
-SOLVERS = ("default", "joint", "one-shot", "sqp", "paper", "nested-adam", "nested-pgd")
+SOLVERS = (
+    "joint-first", "default", "joint", "one-shot", "sqp", "paper", "nested-adam", "nested-pgd",
+)  # fmt: skip
 
 
 def mnist_steps(step: int) -> float:
@@ -29,11 +31,14 @@ def solver(
         memory: of the "joint" and the "paper" solver's Anderson acceleration.
         x: the "paper" solver's step size in x, a number or a schedule ``step -> α_x``.
 
-    With a "nested" solver ``max_steps`` counts updates of x; with any other, sweeps.
+    "joint-first" is the joint iteration, and descent for what it does not settle: for training,
+    where each visit has a few sweeps. With a "nested" solver ``max_steps`` counts updates of x;
+    with any other, sweeps.
     """
     steps = implicitopt.StepSizes(z=0.8, mu=0.6, x=x)
     paper = implicitopt.Joint(implicitopt.Anderson("I", memory=memory, ridge=0), steps)
     made = {
+        "joint-first": implicitopt.Adaptive(implicitopt.Joint()),
         "default": None,
         "joint": implicitopt.Joint(implicitopt.Anderson(memory=memory)),
         "one-shot": implicitopt.OneShot(),

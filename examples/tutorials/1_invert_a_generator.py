@@ -92,9 +92,11 @@ def matching(target, visible=1.0):
 # [gradients](../gradients.md)).
 #
 # Fifteen sweeps a batch are enough, since each image keeps its code: the next visit goes on from
-# there. `jacobian_penalty` measures `‖∂f/∂z‖²` at a point of the solver's path, `sol.iterate`, and
-# keeps the layer contractive. Without such a penalty training tends to make the layer more and more
-# expansive, until the equilibrium is no longer found.
+# there. For so few the joint iteration is the one to take: its steps cost less than the default's,
+# which builds a model of the layer first ([choosing](../choosing.md)). `jacobian_penalty` measures
+# `‖∂f/∂z‖²` at a point of the solver's path, `sol.iterate`, and keeps the layer contractive.
+# Without such a penalty training tends to make the layer more and more expansive, until the
+# equilibrium is no longer found.
 
 parameters = [p for module in (mix, enter, head) for p in module.parameters()]
 optimizer = torch.optim.Adam(parameters, lr=1e-2)
@@ -104,8 +106,9 @@ codes = torch.zeros(len(train), latent)
 for _ in range(steps):
     rows = torch.randperm(len(train))[:64]
     sol = implicitopt.solve(
-        f, matching(train[rows]), codes[rows], start, max_steps=15, sample_iterate=True
-    )
+        f, matching(train[rows]), codes[rows], start, max_steps=15, solver=implicitopt.Joint(),
+        sample_iterate=True,
+    )  # fmt: skip
     codes[rows] = sol.x.detach()
     penalty = implicitopt.jacobian_penalty(f, *sol.iterate).mean() / width
     optimizer.zero_grad()

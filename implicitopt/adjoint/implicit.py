@@ -90,10 +90,10 @@ class Implicit:
     failed raises an :class:`AdjointWarning`.
 
     The solve's own sweeps make a preconditioner: between two of them the iterate and the residual
-    of the system changed by s and y ≈ As, so that s is about what A⁻¹ makes of y. GMRES takes
-    about half the products then, and solves the same system to the same tolerance. It is left out
-    for problems that did not converge, and where differences contradict each other, as where f has
-    kinks.
+    of the system changed by s and y ≈ As, so that s is about what A⁻¹ makes of y. GMRES then takes
+    half of the products on linear maps, and solves the same system to the same tolerance. It is
+    left out for problems that did not converge, and where differences contradict each other, as
+    where f bends much on the way or has kinks.
 
     Args:
         tol: relative residual ‖D(Hw − c)‖ / ‖Dc‖ per problem, D being units of z, μ and x in which

@@ -1,4 +1,4 @@
-"""The default: the joint iteration, and one-shot descent for the problems it does not settle."""
+"""The default: SQP, and the joint iteration and descent for the problems it makes no headway on."""
 
 from __future__ import annotations
 
@@ -28,17 +28,19 @@ FEASIBLE = 1e-2
 
 @dataclass(frozen=True)
 class Adaptive:
-    """``Joint`` first, then ``OneShot`` for each problem that ``Joint`` makes no headway on.
+    """``SQP`` first, then ``Joint`` and ``OneShot``, for each problem that makes no headway.
 
-    The joint iteration needs the fewest sweeps near a solution and has no step control; the
-    one-shot iteration descends from anywhere and needs more. Every ``patience`` steps a problem
-    whose lowest KKT residual has not fallen enough since the last look goes on with ``one_shot``,
-    from its lowest loss so far, as far as an iterate tells (from its smallest state residual, where
-    none was small yet); the others, and its neighbours, do not notice.
+    SQP needs the fewest sweeps on nearly every problem; what its model fits badly, the joint
+    iteration may solve, and the one-shot iteration descends from anywhere. Every ``patience`` steps
+    a problem whose lowest KKT residual has not fallen enough since the last look goes on with the
+    next solver, from its lowest loss so far, as far as an iterate tells (from its smallest state
+    residual, where none was small yet); the others, and its neighbours, do not notice.
 
     Args:
-        first: ``Joint(...)``, or ``SQP(...)``, for fewer sweeps and more work of its own a sweep;
-            what that makes no headway on goes to ``Joint()`` first, and then to ``one_shot``.
+        first: ``SQP(...)``, or ``Joint(...)``, which does a quarter of the work of its own a sweep
+            and keeps half of the memory, for up to twice the sweeps: what training, with a few
+            sweeps a step, may want. What SQP makes no headway on goes to ``Joint()``, and then to
+            ``one_shot``.
         one_shot: ``OneShot(...)``.
         patience: steps between looks; the first one comes after two of them.
 
@@ -54,13 +56,13 @@ class Adaptive:
     [True, True]
     """
 
-    first: Joint | SQP = field(default_factory=Joint)
+    first: SQP | Joint = field(default_factory=SQP)
     one_shot: OneShot = field(default_factory=OneShot)
     patience: int = 32
 
     def __post_init__(self) -> None:
         for name, value, kinds in (
-            ("first", self.first, (Joint, SQP)),
+            ("first", self.first, (SQP, Joint)),
             ("one_shot", self.one_shot, (OneShot,)),
         ):
             if not isinstance(value, kinds):

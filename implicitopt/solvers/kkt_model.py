@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, bmm
 from torch.nn.functional import pad
 
-from implicitopt.kkt import Point, Sweep, norm
+from implicitopt.kkt import Point, Sweep, norm, some
 from implicitopt.solvers.kkt_secants import G, KKTSecants, M, S, W, Y
 from implicitopt.solvers.secants import ratio
 
@@ -257,8 +257,9 @@ class Model:
             dx = self._inputs(torch.baddbmm(p, K, w)) - self.residuals.x
             dx = (-alpha[:, 0] * dx).to(x.dtype)
         slope = (p * w).sum(dim=(1, 2)) - (self.residuals.x * dx).sum(dim=1)
-        down = torch.where(slope > 0, -1.0, 1.0)[:, None]
-        dx, w = down.to(dx.dtype) * dx, down[..., None] * w
+        if some(slope > 0):
+            down = torch.where(slope > 0, -1.0, 1.0)[:, None]
+            dx, w = down.to(dx.dtype) * dx, down[..., None] * w
         if project is not None:
             dx, w = self._projected(x, project, dx)
         forward = torch.cat([self.forward[:, :, c:], bmm(self.forward[:, :, :c], w)], dim=2).mT

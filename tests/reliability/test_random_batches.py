@@ -25,14 +25,14 @@ from implicitopt import (
 from tests.test_isolation import DIVERGE, SPOIL, Tanh, blocks, sound
 
 SOLVERS = [
-    lambda: Adaptive(patience=4),
+    lambda: Adaptive(Joint(), patience=4),
     lambda: Joint(Anderson("I")),
     lambda: Joint(Anderson("II", memory=3)),
     lambda: Joint(Broyden("good")),
     lambda: Joint(Picard(), StepSizes(z=0.9, mu=0.8, x=0.2)),
     OneShot,
     SQP,
-    lambda: Adaptive(SQP(), patience=4),
+    lambda: Adaptive(patience=4),
     lambda: Nested(partial(torch.optim.Adam, lr=0.05), inner_steps=6),
 ]
 PROJECTIONS = [None, None, L2Ball(0.5), LinfBall(0.2), Box(-0.1, 0.3), Simplex()]
