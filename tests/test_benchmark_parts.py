@@ -6,7 +6,17 @@ import pytest
 import torch
 
 import implicitopt
-from benchmarks import bilevel, equilibria, families, gradients, held_out, memory, peers, warm
+from benchmarks import (
+    bilevel,
+    equilibria,
+    families,
+    gradients,
+    held_out,
+    memory,
+    peers,
+    training,
+    warm,
+)
 from benchmarks.accuracy import relative_error
 from benchmarks.problems import Setting
 
@@ -235,3 +245,13 @@ def test_a_problem_that_ends_far_above_the_lowest_loss_is_counted():
     shown = held_out.table({"a, 20": torch.tensor([1.0, 4.0]), "b, 20": torch.tensor([1.2, 1.0])})
     assert "1 of 2" in shown
     assert "0 of 2" in shown
+
+
+@pytest.mark.filterwarnings("ignore::implicitopt.ConvergenceWarning")  # trained for two steps
+def test_decoders_are_trained_by_each_solver():
+    found = training.measure(1, 2, bar=bar)
+    assert set(found) == set(training.RUNS)
+    for (each,) in found.values():
+        assert 0 < each.error < 1
+    errors = [training.Trained(1.0, 0.25), training.Trained(3.0, 0.75)]
+    assert "| a | 2 | 0.5000 | 0.2500, 0.7500 |" in " ".join(training.table({"a": errors}).split())
