@@ -117,7 +117,7 @@ def _run(
         lost = record.observe(step, point, sweep)
         if callback is not None:
             shown = Progress(step, sweep.value * kkt.sign, sweep.residuals, record.active)
-            if callback(shown) is True:
+            if _stops(callback(shown)):
                 return
         remaining = len(point.x)
         if at_hand(record.active) or (step + 1) % CHECK_EVERY == 0:
@@ -145,6 +145,16 @@ def _run(
             )
             record.put(rows, rest)
             return
+
+
+def _stops(said: object) -> bool:
+    """Whether a callback's result is True; an array, as of a comparison, says it too quietly."""
+    if hasattr(said, "dtype"):
+        raise TypeError(
+            "callback must return True, to stop the solve, or anything else but a tensor or an "
+            f"array, to go on; got {said!r}. Return bool(...) of it, or nothing."
+        )
+    return said is True
 
 
 def _narrower(narrow: Callable[[Tensor], KKT], rows: Tensor) -> Callable[[Tensor], KKT]:

@@ -370,6 +370,12 @@ def test_callback_stops_by_true_only(solver):
     assert len(steps) >= 8
 
 
+def test_a_callback_that_returns_a_comparison_of_tensors_is_told_so():
+    """It is not True itself, and would go unheard."""
+    with pytest.raises(TypeError, match=r"callback must return True.*got tensor\(.*bool"):
+        Tanh().solve(callback=lambda progress: progress.value.mean() < 1e9)
+
+
 def test_callback_sees_who_is_active():
     activity = []
     sol = Tanh().solve(callback=lambda p: activity.append(p.active), max_steps=200)

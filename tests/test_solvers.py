@@ -335,6 +335,14 @@ def test_a_senseless_reach_is_refused(reach, error):
         Joint(reach=reach)
 
 
+@pytest.mark.parametrize("alpha", [-0.1, math.nan, None, torch.ones(2)])
+def test_a_schedule_must_return_one_step_size(alpha):
+    problem = quadratic()
+    solver = Joint(steps=StepSizes(x=lambda step: alpha if step == 2 else torch.tensor(0.1)))
+    with pytest.raises(ValueError, match=r"StepSizes x\(step\) must return .* for step 2"):
+        solve(problem.f, problem.loss, *problem.start(), solver=solver)
+
+
 def test_a_schedule_is_called_with_the_step_and_sets_the_step_size():
     problem, seen = quadratic(), []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
@@ -70,6 +71,20 @@ class StepSizes:
         if self.x is not None and not callable(self.x):
             check_option("StepSizes x", self.x, float, above=0)
 
+    def in_x(self, step: int) -> float | Tensor | None:
+        """α_x of this step, if it is given."""
+        if not callable(self.x):
+            return self.x
+        alpha: float | Tensor = self.x(step)
+        if isinstance(alpha, Tensor) and alpha.numel() == 1:
+            return alpha.detach().reshape(())
+        if not (isinstance(alpha, Real) and alpha >= 0):
+            raise ValueError(
+                f"StepSizes x(step) must return a number of at least 0; got {alpha!r} for step "
+                f"{step}. Return one step size, for all problems."
+            )
+        return alpha
+
 
 @dataclass(frozen=True)
 class Joint:
@@ -128,14 +143,13 @@ class Joint:
     def step(
         self, kkt: KKT, point: Point, sweep: Sweep, state: JointState
     ) -> tuple[Point, JointState]:
-        step, size, given = state.count, state.size, self.steps.x
+        step, size, given = state.count, state.size, self.steps.in_x(state.count)
         state.count += 1
         warming, too_long = given is None and step < WARMUP, None
         if warming:
             size.fit(point, sweep)
         elif given is not None:
-            alpha = given(step) if callable(given) else given
-            size.alpha = size.shrink * torch.full_like(size.alpha, alpha)
+            size.alpha = size.shrink * given
         elif isinstance(self.accelerator, Restartable):
             too_long = size.shorten(step, point, sweep)
             too_short = size.lengthen(step, point, sweep)
