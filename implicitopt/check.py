@@ -14,6 +14,7 @@ from implicitopt.diagnosis.measurements import Directions
 from implicitopt.diagnosis.report import Finding, Report
 from implicitopt.kkt import KKT
 from implicitopt.options import check_callable, check_option
+from implicitopt.pullback import CHANGES, REMEDY
 from implicitopt.tree import Tree
 
 __all__ = ["Finding", "Report", "check"]
@@ -128,10 +129,5 @@ def _system(f: Any, loss: Any, x0: Tree, z0: Any, project: Any) -> tuple[KKT, Te
 
 
 def _raised(name: str, error: Exception) -> Finding:
-    remedy = ""
-    if "mutate a captured Tensor" in str(error):  # torch.func on a buffer that f updates
-        remedy = (
-            "f or the loss changes a buffer, as batch norm does in training mode. Call .eval() on "
-            "the model, or use group norm."
-        )
+    remedy = REMEDY if CHANGES in str(error) else ""
     return Finding(name, False, f"{type(error).__name__}: {error}", remedy)

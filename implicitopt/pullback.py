@@ -20,6 +20,14 @@ from torch import Tensor, nn
 __all__ = ["Pull", "guarded_pullback", "pullback"]
 
 
+#: What torch.func says of a function that changes what it captures, and what to say besides.
+CHANGES = "mutate a captured Tensor"
+REMEDY = (
+    "f or the loss changes a tensor of its own, as batch norm changes its buffers in training mode. "
+    "Call .eval() on the model, or use group norm."
+)
+
+
 class Pull(Protocol):
     """c ↦ Jᵀ c: a tensor for each input; once, or with ``retain_graph`` as often as asked."""
 
@@ -55,6 +63,8 @@ def guarded_pullback(function: Callable[..., Tensor], *inputs: Tensor) -> tuple[
         with _uncompiled():
             image, pull = torch.func.vjp(function, *inputs)[:2]
     except RuntimeError as error:
+        if CHANGES in str(error) and hasattr(error, "add_note"):  # from Python 3.11 on
+            error.add_note(REMEDY)
         if "setup_context" not in str(error):
             raise
         with _unchanged_buffers():
@@ -75,8 +85,8 @@ def _unchanged_buffers() -> Iterator[None]:
     for module, buffer, version in seen:
         if buffer._version != version:
             raise RuntimeError(
-                f"f and the loss must not mutate a captured Tensor; a {type(module).__name__} "
-                "changed one of its buffers. Call .eval() on the model, or use group norm."
+                f"f and the loss must not {CHANGES}; a {type(module).__name__} changed one of its "
+                f"buffers. {REMEDY}"
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
 
 import pytest
@@ -80,13 +81,15 @@ def test_what_a_function_captures_is_not_changed_in_place():
 )
 def test_batch_norm_in_training_is_refused(solver):
     norm = torch.nn.BatchNorm1d(3)
-    with pytest.raises(RuntimeError, match="mutate a captured"):
+    with pytest.raises(RuntimeError, match="mutate a captured") as caught:
         implicitopt.solve(
             lambda z, x: torch.tanh(0.5 * norm(z) + x),
             lambda z, x: (z - 0.3).square().sum(-1),
             torch.zeros(4, 3),
             solver=solver,
         )
+    if sys.version_info >= (3, 11):
+        assert "Call .eval() on the model" in " ".join(caught.value.__notes__)
 
 
 def tanh_problem() -> tuple[Tensor, Tensor]:
