@@ -23,8 +23,8 @@ __all__ = ["Pull", "guarded_pullback", "pullback"]
 #: What torch.func says of a function that changes what it captures, and what to say besides.
 CHANGES = "mutate a captured Tensor"
 REMEDY = (
-    "f or the loss changes a tensor of its own, as batch norm changes its buffers in training mode. "
-    "Call .eval() on the model, or use group norm."
+    "f or the loss changes a tensor of its own, as batch norm does in training mode. Call .eval() "
+    "on the model, or use group norm."
 )
 
 

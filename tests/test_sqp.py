@@ -286,7 +286,7 @@ def test_maps_far_from_normal_are_found_to_be_linear(n, norm, most):
 def test_a_linear_map_does_not_make_its_loss_quadratic(loss):
     """Steps as long as the map allows threw these out again and again, up to half of them."""
     sol = solve(*sharp(loss, 30, 8), solver=SQP(), max_steps=300)
-    assert sol.converged.sum() >= 29  # one or two are not solved, and which is up to rounding
+    assert sol.converged.all()
 
 
 def test_after_a_restart_the_reach_grows_again():
