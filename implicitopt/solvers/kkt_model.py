@@ -125,7 +125,7 @@ class Model:
         k, secants = self.k, self.secants
         states, inputs = secants.of_states[:, :, :k, :, :k], secants.of_inputs[:, :, :k, :, :k]
         s, m = secants.lengths[:, :, :k].unbind(1)
-        m_over_s = ratio(m, s)
+        m_over_s, units = ratio(m, s), secants.ratio[:, None]  # C is in those of μ over states'
         # Of s with s, w and g, over states and inputs.
         ss, sw, sg = (states[:, S, :, : G + 1] + inputs[:, S]).unbind(2)
         (my, mm), xx = states[:, M, :, Y:].unbind(2), inputs[:, S, :, S]
@@ -137,8 +137,8 @@ class Model:
         tried = TRIED * secants.curved.amax(dim=1, keepdim=True)
         shifts = (
             ridge,
-            ridge + self._of_adjoints(ratio(s, m)),
-            ridge + self._of_curvature(m_over_s),
+            ridge + _drowned(STATES_DROWN * secants.curved[:, :1], ratio(s, m) / units),
+            ridge + _drowned(ADJOINTS_DROWN, m_over_s * units),
             tried + ridge,
             self._shift(sg, of_loss),
         )
@@ -355,20 +355,6 @@ class Model:
         shift = torch.copysign(self.flat, diagonal) + LOSS_NONLINEAR * wrong * size
         return torch.where(diagonal == 0, 1.0, shift)
 
-    def _of_curvature(self, m_over_s: Tensor) -> Tensor:
-        """What is added to D for C: where adjoints moved more than states, J's errors drown it.
-
-        C is in units of μ over those of the state.
-        """
-        larger = m_over_s * self.secants.ratio[:, None]
-        return (ADJOINTS_DROWN * larger.square()).nan_to_num(0.0).clamp(max=1e12)
-
-    def _of_adjoints(self, s_over_m: Tensor) -> Tensor:
-        """What is added to D for J's other end: where states moved more, C drowns it."""
-        larger = s_over_m / self.secants.ratio[:, None]
-        share = STATES_DROWN * self.secants.curved[:, :1]
-        return (share * larger.square()).nan_to_num(0.0).clamp(max=1e12)
-
     def _set(self, met: Tensor, p: Tensor) -> None:
         """Take in p and the curvature met, ``(B, c, c)``; where x has not been tried it is 1/α."""
         self.met, self.p, self.alpha = met, p, self._untried(met)
@@ -385,6 +371,11 @@ class Model:
         share = alpha * most
         far = ((share > FAR_OFF) | (share < 1 / FAR_OFF)) & (most > 0) & (share < math.inf)
         return torch.where(far, 1 / most, alpha)
+
+
+def _drowned(weight: Tensor | float, larger: Tensor) -> Tensor:
+    """What is added to D where a difference is so many times larger than the one that matters."""
+    return (weight * larger.square()).nan_to_num(0.0).clamp(max=1e12)
 
 
 def _factors(minus: Tensor) -> tuple[Tensor, Tensor]:
