@@ -256,7 +256,8 @@ class Model:
         else:
             dx = self._inputs(torch.baddbmm(p, K, w)) - self.residuals.x
             dx = (-alpha[:, 0] * dx).to(x.dtype)
-        slope = (p * w).sum(dim=(1, 2)) - (self.residuals.x * dx).sum(dim=1)
+        of_x = (self.residuals.x * dx).sum(dim=1, dtype=torch.float64)
+        slope = (p * w).sum(dim=(1, 2)) - of_x
         if some(slope > 0):
             down = torch.where(slope > 0, -1.0, 1.0)[:, None]
             dx, w = down.to(dx.dtype) * dx, down[..., None] * w

@@ -52,7 +52,8 @@ class SQP:
     In these lengths, and wherever else x and z are compared, x is measured in units 1/τ in which
     ∂f/∂x is about as large as ∂f/∂z, so that it does not matter in which it comes. Of the longest
     step, what takes the state back to its equilibrium comes first, and x, with what follows of it,
-    has the rest, at least half. With a constraint the model is minimized over C.
+    has the rest, at least half. Where the model has no minimum the step in x goes downhill all the
+    same; with a constraint the model is minimized over C.
 
     Raises:
         TypeError, ValueError: an option is not as above.
