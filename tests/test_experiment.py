@@ -150,7 +150,7 @@ def test_every_solver_finds_a_known_minimum(name):
 
 
 def test_an_unknown_solver_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"must be one of default, joint.*got 'fast'"):
+    with pytest.raises(ValueError, match=r"must be one of joint-first, default.*got 'fast'"):
         experiment.solver("fast")
 
 
