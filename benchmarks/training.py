@@ -10,15 +10,16 @@ Options: ``--seeds N`` (default 4; a minute and a half each), ``--steps N``, ``-
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from functools import partial
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
 from tabulate import tabulate
 from tqdm import tqdm
 
+from benchmarks.clock import now
 from benchmarks.decoders import LATENT, examples_module
 from implicitopt import SQP, Joint
 
@@ -48,9 +49,9 @@ def _trained(seed: int, steps: int, sweeps: int, solver: Any, bar: Callable[...,
     torch.manual_seed(seed)
     images, held_out = quickstart.digits(seed)
     model = quickstart.Decoder(LATENT)
-    begin = time.process_time()
+    begin = now()
     quickstart.train(model, images, steps, 64, 1e-2, bar, sweeps=sweeps, solver=solver)
-    seconds, held_out = time.process_time() - begin, held_out[:64]
+    seconds, held_out = now() - begin, held_out[:64]
     found = quickstart.recover(model.requires_grad_(False), held_out)
     return Trained(seconds, (found - held_out).square().mean().item())
 
@@ -58,16 +59,12 @@ def _trained(seed: int, steps: int, sweeps: int, solver: Any, bar: Callable[...,
 def table(found: dict[str, list[Trained]]) -> str:
     """A row per solver and number of sweeps."""
     rows = [
-        [name, f"{_mean([t.seconds for t in each]):.0f}", f"{_mean([t.error for t in each]):.4f}",
+        [name, f"{fmean([t.seconds for t in each]):.0f}", f"{fmean([t.error for t in each]):.4f}",
          ", ".join(f"{t.error:.4f}" for t in each)]
         for name, each in found.items()
     ]  # fmt: skip
     header = ["solver, sweeps a visit", "seconds", "held-out error", "of each seed"]
     return tabulate(rows, header, tablefmt="github", disable_numparse=True)
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 def main() -> None:
