@@ -113,6 +113,7 @@ class Sweep(NamedTuple):
     value: Tensor  #: ℓ(z, x), ``(B,)``
     r: Tensor  #: (f − z, μ⁺ − μ, −∇ₓL) side by side, ``(B, 2n + d)``
     lagrangian: Tensor  #: L(z, μ, x), ``(B,)``: to first order, the loss at the equilibrium of x
+    doubt: Tensor  #: ‖f − z‖ ‖μ⁺ − μ‖, ``(B,)``: how far from that loss L is taken to be at most
     score: Tensor  #: max(ℓ, L) + ‖f − z‖ ‖μ⁺ − μ‖, ``(B,)``: seldom less than that loss
     sizes: Sizes
     residuals: Residuals
@@ -265,9 +266,10 @@ class KKT:
         lagrangian = wide + coupling
         # The loss at the equilibrium of x is L + (μ⁺ − μ)ᵀ (I − ∂f/∂z)⁻¹ (f − z) and terms of the
         # square of f − z. An estimate below the loss at hand is not believed.
-        score = torch.maximum(wide, lagrangian) + lengths[0] * lengths[1]
+        doubt = lengths[0] * lengths[1]
+        score = torch.maximum(wide, lagrangian) + doubt
         return Sweep(
-            f, mu, grad, value, r, lagrangian, score, sizes, residuals, residuals.total, None
+            f, mu, grad, value, r, lagrangian, doubt, score, sizes, residuals, residuals.total, None
         )
 
     def linearize(self, z: Tensor, x: Tensor) -> tuple[Callable[[Tensor], Tensor], Tensor]:

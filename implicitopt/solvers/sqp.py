@@ -30,6 +30,8 @@ TANGENTIAL = 0.5
 #: How far steps are trusted changes by one factor after a step that made the residual larger, and
 #: by the other after one that did not.
 SHORTER, LONGER = 0.8, 1.2
+#: How many units of rounding a value of L may be off by.
+ROUNDING = 16
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class SQP:
             state.size.fit(*scaled)
         plain = self._plain(kkt, point, sweep, state)
         off, down = _norm(plain.z, plain.mu), norm(plain.x)
-        state.judge(torch.hypot(off, down / state.size.alpha[:, 0]))
+        state.judge(torch.hypot(off, down / state.size.alpha[:, 0]), sweep)
         move = plain
         if not warming:
             move = self._newton(kkt, point, sweep, state, plain, torch.hypot(off, down))
@@ -151,6 +153,8 @@ class SQP:
         state.size.restart(mask)
         state.trust = torch.where(mask, state.trust / 4, state.trust)
         state.residual = torch.where(mask, math.inf, state.residual)
+        state.least = torch.where(mask, -math.inf, state.least)
+        state.most = torch.where(mask, math.inf, state.most)
         state.secants.forget(mask)
         return state
 
@@ -191,6 +195,8 @@ class SQPState:
     trust: Tensor  # (B,) how far steps may go, a share of the reach
     made: Tensor  # (B,) how far the last one went, a share of the reach for curved problems
     residual: Tensor  # (B,) of the last iterate, x's in units 1/τ
+    least: Tensor  # (B,) what the loss at the last iterate's equilibrium is at least
+    most: Tensor  # (B,) and at most
     count: int = 0
 
     @classmethod
@@ -198,7 +204,7 @@ class SQPState:
         whole = torch.ones_like(norm(start.x))
         none = torch.full_like(whole, math.inf)
         secants = KKTSecants.empty(start, memory)
-        return cls(StepSize.at(start), secants, trust=whole, made=whole, residual=none)
+        return cls(StepSize.at(start), secants, trust=whole, made=whole, residual=none, least=-none, most=none)
 
     @property
     def alpha(self) -> Tensor:
@@ -207,13 +213,20 @@ class SQPState:
         dtype = self.size.alpha.dtype
         return found.clamp(max=torch.finfo(dtype).max ** 0.5).to(dtype)
 
-    def judge(self, residual: Tensor) -> None:
-        """Trust steps less if the last one made the residual larger, and more if it did not.
+    def judge(self, residual: Tensor, sweep: Sweep) -> None:
+        """Trust steps less if the last one was for the worse, and more if it was not.
 
-        Where it is the loss that bends, less far than the last one went. Where it is f, the
-        residual has to grow on many ways to a solution.
+        It was if the loss at x's equilibrium rose, and was not if it fell, where L tells that for
+        sure: a residual has to grow on many ways to a solution. Else if the residual grew. Where it
+        is the loss that bends, steps are then trusted less far than the last one went.
         """
+        value = sweep.lagrangian.double()
+        margin = sweep.doubt.double() + ROUNDING * torch.finfo(sweep.f.dtype).eps * value.abs()
+        least, most = value - margin, value + margin
+        rose, fell = least > self.most, most < self.least
+        worse = rose | ((residual > self.residual) & ~fell)
         made = self.made / self.secants.curved[:, 1].sqrt()
         shorter = SHORTER * torch.minimum(self.trust, made)
-        trust = torch.where(residual > self.residual, shorter, LONGER * self.trust)
+        trust = torch.where(worse, shorter, LONGER * self.trust)
         self.trust, self.residual = trust.clamp(max=1), residual
+        self.least, self.most = least, most
