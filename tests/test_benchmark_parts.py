@@ -247,6 +247,7 @@ def test_a_problem_that_ends_far_above_the_lowest_loss_is_counted():
     assert "0 of 2" in shown
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::implicitopt.ConvergenceWarning")  # trained for two steps
 def test_decoders_are_trained_by_each_solver():
     found = training.measure(1, 2, bar=bar)

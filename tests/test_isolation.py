@@ -569,7 +569,7 @@ def test_the_estimate_of_what_an_input_is_worth_is_exact_to_first_order():
     "kind", ["gauss", *(pytest.param(k, marks=pytest.mark.slow) for k in ("radius", "orth", "sym"))]
 )
 def test_select_best_makes_use_of_few_sweeps(kind):
-    """In 8 no iterate comes within 3 % of its equilibrium, but for the start, which came back."""
+    """In 8 hardly one comes within 3 % of its equilibrium, but for the start, which came back."""
     f, loss, x0, z0 = (
         getattr(tanh(kind, scale=1.0, lam=1.0), n) for n in ("f", "loss", "x0", "z0")
     )
@@ -581,8 +581,8 @@ def test_select_best_makes_use_of_few_sweeps(kind):
     with torch.no_grad():
         start, lowest = worth(go(max_steps=1)), worth(go(max_steps=300))
         best, strict = worth(go(max_steps=8)), worth(go(max_steps=8, select=Best(small=0.03)))
-    assert ((best - lowest) / (start - lowest)).median() < 0.25  # 0.08 to 0.16, measured
-    assert torch.equal(strict.median(), start.median())
+    assert ((best - lowest) / (start - lowest)).median() < 0.15  # 0.02 to 0.08, measured
+    assert (strict == start).double().mean() > 0.8  # 27 to 31 of 32
 
 
 def test_select_best_does_not_return_a_start_that_only_looks_better():

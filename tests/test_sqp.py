@@ -1,6 +1,7 @@
 """``SQP``: its model against one formed of dense matrices, its sweeps, and what it refuses."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from families import F64, LinearQuadratic, worst
 import implicitopt
 from benchmarks.attacks import classifier
 from benchmarks.families import linear_quadratic, tanh
+from benchmarks.problems import tanh as softmax
 from benchmarks.sharp import sharp
 from benchmarks.shears import shear
 from benchmarks.sweeps import count
@@ -18,6 +20,7 @@ from implicitopt.kkt import Point
 from implicitopt.solvers import kkt_model
 from implicitopt.solvers.kkt_model import Model
 from implicitopt.solvers.kkt_secants import KKTSecants
+from implicitopt.solvers.sqp import SQPState
 
 
 class Differences:
@@ -210,6 +213,32 @@ def test_it_takes_fewer_sweeps_than_the_joint_iteration(problem, share):
         for solver in (SQP(), Joint())
     )
     assert mine.median() <= share * joint.median()
+
+
+def test_a_residual_that_has_to_grow_does_not_end_the_trust_in_steps():
+    """Judged by the residual alone one problem took 400 sweeps, with the loss falling all along."""
+    problem = softmax("orth", 0.9, 16, F64, classes=10)
+    sol = solve(*problem, solver=SQP(), tol=1e-6, max_steps=100)
+    assert sol.converged.all()
+
+
+@pytest.mark.parametrize(
+    ("loss", "residual", "trusted"),
+    [(0.5, 9.0, "more"), (1.5, 0.1, "less"), (0.9, 9.0, "less"), (1.1, 1.1, "more"),
+     (1.1, 1.3, "less")],
+    ids=["loss fell", "loss rose", "unsure, worse", "unsure, hardly worse", "unsure, a bit worse"],
+)  # fmt: skip
+def test_a_step_is_judged_by_the_loss_where_that_is_sure(loss, residual, trusted):
+    one, nothing = torch.ones(1, dtype=F64), torch.zeros(1, 1, dtype=F64)
+    sweeps = [
+        SimpleNamespace(f=nothing, lagrangian=value * one, doubt=0.1 * one) for value in (1.0, loss)
+    ]
+    state = SQPState.at(Point(nothing, nothing, nothing), memory=3)
+    state.trust = 0.5 * one
+    state.judge(one, sweeps[0])
+    before = state.trust
+    state.judge(residual * one, sweeps[1])
+    assert ("more" if state.trust > before else "less") == trusted
 
 
 @pytest.mark.parametrize("of_x", [1e-2, 1e2])

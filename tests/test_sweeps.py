@@ -1,6 +1,7 @@
 """A guard on the default solver's cost: sweeps to KKT 1e-6, untuned, and no problem lost.
 
-Medians of 25 to 36 were measured where 40 is asked for, and 56 to 61 where 100 is.
+Medians of 24 to 34 were measured where 40 is asked for, and worst cases of 28 to 44 where 50 is
+and of 53 to 58 where 70 is.
 """
 
 from __future__ import annotations
@@ -54,10 +55,6 @@ def tanh_sweeps(seed: int, *, rows: int = 10, targets: str = "reachable") -> Ten
     return sweeps_needed(f, loss, d, n)
 
 
-def slow(reason: str) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
 CASES = [
     (rows, targets, seed)
     for rows in (10, 64)
@@ -73,11 +70,8 @@ def test_tanh_maps_take_at_most_40_sweeps_and_50_at_worst(rows: int, targets: st
     assert steps.max() <= 50
 
 
-@pytest.mark.parametrize(
-    "seed",
-    [0, pytest.param(1, marks=slow("4 of 32 rest on the way: 167 sweeps, joint iteration 82")), 2],
-)
-def test_a_slow_linear_quadratic_problem_takes_at_most_100_sweeps(seed: int):
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_slow_linear_quadratic_problem_takes_at_most_70_sweeps(seed: int):
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -93,7 +87,7 @@ def test_a_slow_linear_quadratic_problem_takes_at_most_100_sweeps(seed: int):
     def loss(z: Tensor, x: Tensor) -> Tensor:
         return 0.5 * ((z @ W.T - y) ** 2).sum(-1) + 0.05 * (x**2).sum(-1)
 
-    assert sweeps_needed(f, loss, d, n).max() <= 100
+    assert sweeps_needed(f, loss, d, n).max() <= 70
 
 
 @pytest.mark.slow

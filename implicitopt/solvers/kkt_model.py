@@ -46,7 +46,7 @@ __all__ = ["Model"]
 
 #: How much J may change, in relation to itself, over a distance of 1 + ‖(z, μ, x)‖; and the square
 #: of that for the loss's Hessian, in which contradictions are worse.
-NONLINEAR, LOSS_NONLINEAR = 2.0, 30.0
+NONLINEAR, LOSS_NONLINEAR = 1.0, 30.0
 #: Directions of x count as tried from this share of a difference of x on, squared; a smaller one
 #: where f and the loss are found to be straight.
 TRIED = 3e-3

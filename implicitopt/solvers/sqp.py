@@ -24,12 +24,14 @@ __all__ = ["SQP"]
 #: How many differences are kept where nobody says: at least and at most.
 LEAST, MOST = 20, 30
 #: How far a step may go, as a share of 1 + ‖(z, μ, τ x)‖.
-REACH = 0.5
+REACH = 0.7
 #: The share of the reach that is x's, with what follows of it, however far states are off.
-TANGENTIAL = 0.5
-#: How far steps are trusted changes by one factor after a step that made the residual larger, and
-#: by the other after one that did not.
+TANGENTIAL = 0.65
+#: How far steps are trusted changes by one factor after a step for the worse, and by the other
+#: after one that was not.
 SHORTER, LONGER = 0.8, 1.2
+#: A residual so many times the last one has grown.
+GREW = 1.2
 #: How many units of rounding a value of L may be off by.
 ROUNDING = 16
 
@@ -49,12 +51,12 @@ class SQP:
             μ and x are more than two thousand numbers, at least 20.
         reach: a step may be this share of 1 + ‖(z, μ, τ x)‖ long, or half the plain step where
             that is longer; a longer one is cut. The share is larger where f and the loss turn out
-            to be nearly linear and quadratic, and smaller while steps make the residual larger.
+            to be nearly linear and quadratic, and smaller after steps for the worse.
 
     In these lengths, and wherever else x and z are compared, x is measured in units 1/τ in which
     ∂f/∂x is about as large as ∂f/∂z, so that it does not matter in which it comes. Of the longest
     step, what takes the state back to its equilibrium comes first, and x, with what follows of it,
-    has the rest, at least half. Where the model has no minimum the step in x goes downhill all the
+    has the rest, at least 65 %. Where the model has no minimum the step in x goes downhill all the
     same; with a constraint the model is minimized over C.
 
     Raises:
@@ -166,7 +168,7 @@ class SQP:
 def _share(found: Move, longest: Tensor) -> Tensor:
     """How much of the step in x may be made, ``(B, 1)``.
 
-    What the states' way back to their equilibrium leaves of the longest step, at least half of it.
+    What the states' way back to their equilibrium leaves of the longest step, at least 65 % of it.
     """
     left = torch.maximum(longest - norm(found.back), TANGENTIAL * longest)
     length = _norm(found.along, found.dx)
@@ -204,7 +206,15 @@ class SQPState:
         whole = torch.ones_like(norm(start.x))
         none = torch.full_like(whole, math.inf)
         secants = KKTSecants.empty(start, memory)
-        return cls(StepSize.at(start), secants, trust=whole, made=whole, residual=none, least=-none, most=none)
+        return cls(
+            StepSize.at(start),
+            secants,
+            trust=whole,
+            made=whole,
+            residual=none,
+            least=-none,
+            most=none,
+        )
 
     @property
     def alpha(self) -> Tensor:
@@ -217,14 +227,14 @@ class SQPState:
         """Trust steps less if the last one was for the worse, and more if it was not.
 
         It was if the loss at x's equilibrium rose, and was not if it fell, where L tells that for
-        sure: a residual has to grow on many ways to a solution. Else if the residual grew. Where it
-        is the loss that bends, steps are then trusted less far than the last one went.
+        sure: a residual has to grow on many ways to a solution. Else if the residual grew a lot.
+        Where it is the loss that bends, steps are then trusted less far than the last one went.
         """
         value = sweep.lagrangian.double()
         margin = sweep.doubt.double() + ROUNDING * torch.finfo(sweep.f.dtype).eps * value.abs()
         least, most = value - margin, value + margin
         rose, fell = least > self.most, most < self.least
-        worse = rose | ((residual > self.residual) & ~fell)
+        worse = rose | ((residual > GREW * self.residual) & ~fell)
         made = self.made / self.secants.curved[:, 1].sqrt()
         shorter = SHORTER * torch.minimum(self.trust, made)
         trust = torch.where(worse, shorter, LONGER * self.trust)
