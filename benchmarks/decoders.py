@@ -6,12 +6,18 @@ The digits' one is the quickstart's, trained here in a minute and kept in a fold
 
 from __future__ import annotations
 
+import io
+import os
+import runpy
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import matplotlib
 import torch
 from torch import nn
 
@@ -20,7 +26,7 @@ IMAGES = 8  # problems of each
 LATENT = 20  # of the digits' codes
 FACES_DECAY = 0.5  # λ, as examples/generative.py has it
 
-__all__ = ["decoders", "digits"]
+__all__ = ["decoders", "digits", "of_tutorial"]
 
 
 def digits(
@@ -38,6 +44,17 @@ def digits(
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(model.state_dict(), path)
     return _frozen(model), model.loss(held_out[:count]), torch.zeros(count, LATENT), model.start
+
+
+def of_tutorial() -> tuple[Any, ...]:
+    """The first tutorial's decoder, trained as its page is run: the same for its 64 digits."""
+    matplotlib.use("agg")
+    with mock.patch.dict(os.environ), redirect_stdout(io.StringIO()):
+        os.environ.pop("IMPLICITOPT_DATA", None)  # it takes scikit-learn's digits then
+        page = runpy.run_path(str(EXAMPLES / "tutorials" / "1_invert_a_generator.py"))
+    held_out = page["held_out"]
+    x0 = torch.zeros(len(held_out), page["latent"])
+    return page["f"], page["matching"](held_out), x0, page["start"]
 
 
 def trained(folder: Path, images: torch.Tensor) -> tuple[Any, ...]:

@@ -8,6 +8,7 @@ import torch
 import implicitopt
 from benchmarks import (
     bilevel,
+    decoders,
     equilibria,
     families,
     gradients,
@@ -245,6 +246,17 @@ def test_a_problem_that_ends_far_above_the_lowest_loss_is_counted():
     shown = held_out.table({"a, 20": torch.tensor([1.0, 4.0]), "b, 20": torch.tensor([1.2, 1.0])})
     assert "1 of 2" in shown
     assert "0 of 2" in shown
+
+
+@pytest.mark.slow
+def test_the_default_is_as_far_as_the_joint_iteration_on_the_tutorials_decoder(monkeypatch):
+    """After 40 sweeps. Judged by the residual alone its steps were too short there for long."""
+    monkeypatch.setattr(held_out, "BUDGETS", (40,))
+    monkeypatch.setattr(
+        held_out, "SOLVERS", {"default": implicitopt.Adaptive, "Joint": implicitopt.Joint}
+    )
+    found = held_out.measure(Setting(decoders.of_tutorial(), None), bar=bar)
+    assert found["default, 40"].mean() <= 1.05 * found["Joint, 40"].mean()
 
 
 @pytest.mark.slow

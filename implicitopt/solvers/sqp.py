@@ -32,8 +32,9 @@ TANGENTIAL = 0.65
 SHORTER, LONGER = 0.8, 1.2
 #: A residual so many times the last one has grown.
 GREW = 1.2
-#: How many units of rounding a value of L may be off by.
-ROUNDING = 16
+#: L may be off by so many times what two vectors of unrelated directions make: of n numbers each,
+#: 1/√n of their lengths. And by so many units of rounding.
+UNRELATED, ROUNDING = 3.0, 16
 
 
 @dataclass(frozen=True)
@@ -231,7 +232,9 @@ class SQPState:
         Where it is the loss that bends, steps are then trusted less far than the last one went.
         """
         value = sweep.lagrangian.double()
-        margin = sweep.doubt.double() + ROUNDING * torch.finfo(sweep.f.dtype).eps * value.abs()
+        share = min(1.0, UNRELATED / math.sqrt(sweep.f.shape[1]))
+        rounding = ROUNDING * torch.finfo(sweep.f.dtype).eps
+        margin = torch.add(share * sweep.doubt.double(), value.abs(), alpha=rounding)
         least, most = value - margin, value + margin
         rose, fell = least > self.most, most < self.least
         worse = rose | ((residual > GREW * self.residual) & ~fell)
