@@ -86,7 +86,7 @@ p = parameters()
 clean = train[:16]
 given, visible = hide(clean)
 direction = {name: torch.randn_like(value) / value.numel() ** 0.5 for name, value in p.items()}
-tight = {"tol": 1e-9, "max_steps": 2000}
+tight = {"tol": 1e-10, "max_steps": 2000}
 
 
 def outer(p, adjoint=None):
