@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.decoders import decoders
+from benchmarks.decoders import trained_models
 from benchmarks.problems import problems
 
 #: With the problems of the profile, or with problems of their own.
@@ -45,16 +45,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--threads", type=int, default=1, help="of torch (default %(default)s)")
     add("--quiet", action="store_true", help="no progress bars")
     add("--out", type=Path, default=Path("out/benchmarks"), help="folder (default %(default)s)")
-    add("--generator", type=Path, help="folder of examples/generative.py: adds its decoder")
-    add("--data", type=Path, help="folder of faces for that decoder")
+    both = {"type": Path, "action": "append", "default": []}
+    add("--generator", **both, help="folder of examples/generative.py: adds its decoder; again for "
+        "another one")  # fmt: skip
+    add("--data", **both, help="folder of the images for that decoder, of faces or of MNIST")
     options = parser.parse_args(arguments)
     unknown = set(options.parts) - {*SHARED, *OWN}
     if unknown:
         parser.error(f"PART must be of {', '.join((*SHARED, *OWN))}; got {', '.join(unknown)}")
     if options.threads < 1:
         parser.error(f"--threads must be positive; got {options.threads}")
-    if (options.generator is None) != (options.data is None):
-        parser.error("--generator and --data go together: a decoder, and the images to find")
+    if len(options.generator) != len(options.data):
+        parser.error("each --generator goes with a --data: a decoder, and the images to find")
     return options
 
 
@@ -62,8 +64,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     torch.set_num_threads(options.threads)
     bar = partial(tqdm, disable=options.quiet, leave=False)
-    trained = decoders(options.out, options.generator, options.data, quick=options.quick, bar=bar)
-    made = problems(trained)
+    pairs = list(zip(options.generator, options.data, strict=True))
+    made = problems(trained_models(options.out, pairs, quick=options.quick, bar=bar))
     path = options.out / "results.json"
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     for part in options.parts:

@@ -1,12 +1,14 @@
-"""Trained decoders as problems: their codes for held-out images.
+"""Trained models as problems: decoders' codes for held-out images, and an attack on a classifier.
 
-The digits' one is the quickstart's, trained here in a minute and kept in a folder; any that
-``examples/generative.py`` trained joins by its folder.
+The digits' models are small, and trained here in a minute and kept in a folder: the quickstart's
+decoder, and a multiscale equilibrium classifier. Decoders that ``examples/generative.py`` trained,
+of faces or of MNIST, join by their folders.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import os
 import runpy
 import sys
@@ -14,19 +16,24 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import matplotlib
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+import implicitopt
+from benchmarks.problems import Setting
+from implicitopt import L2Ball
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 IMAGES = 8  # problems of each
 LATENT = 20  # of the digits' codes
-FACES_DECAY = 0.5  # λ, as examples/generative.py has it
+BOUND = 1.0  # on an attack's change of an image, its 2-norm
 
-__all__ = ["decoders", "digits", "of_tutorial"]
+__all__ = ["digits", "of_tutorial", "trained_models"]
 
 
 def digits(
@@ -36,13 +43,10 @@ def digits(
     quickstart = examples_module("quickstart")
     torch.manual_seed(0)
     images, held_out = quickstart.digits(0)
-    model, path = quickstart.Decoder(LATENT), folder / f"digits-{steps}.pt"
-    if path.exists():
-        model.load_state_dict(torch.load(path, weights_only=True))
-    else:
-        quickstart.train(model, images, steps, 64, 1e-2, bar)
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.save(model.state_dict(), path)
+    model = quickstart.Decoder(LATENT)
+    _kept(model, folder / f"digits-{steps}.pt", lambda: quickstart.train(
+        model, images, steps, 64, 1e-2, bar
+    ))  # fmt: skip
     return _frozen(model), model.loss(held_out[:count]), torch.zeros(count, LATENT), model.start
 
 
@@ -57,28 +61,97 @@ def of_tutorial() -> tuple[Any, ...]:
     return page["f"], page["matching"](held_out), x0, page["start"]
 
 
-def trained(folder: Path, images: torch.Tensor) -> tuple[Any, ...]:
-    """The decoder in a folder of ``examples/generative.py``, for images ``(N, C, H, W)``."""
-    generators = examples_module("generators")
+def attack(folder: Path, *, steps: int, bar: Callable[..., Any], count: int = IMAGES) -> Setting:
+    """Changes of images, within ``BOUND``, that an equilibrium classifier of digits fears most.
+
+    The logarithm of the cross-entropy is made largest, as ``examples/adversarial.py`` has it.
+    """
+    from sklearn.datasets import load_digits
+
+    mdeq, attacks = examples_module("mdeq"), examples_module("attacks")
+    torch.manual_seed(0)
+    raw = load_digits()
+    images = torch.tensor(raw.images / 16, dtype=torch.float32)[:, None]
+    labels = torch.tensor(raw.target)
+    model = mdeq.Classifier((1, 8), (12, 12))
+    _kept(model, folder / f"classifier-{steps}.pt", lambda: _classify(
+        model, images[:-count], labels[:-count], steps, bar
+    ))  # fmt: skip
+    some, wanted = images[-count:], labels[-count:]
+    _frozen(model)
+
+    def f(z: Any, change: Tensor) -> Any:
+        return model.f(z, some + change)
+
+    def loss(z: Any, change: Tensor) -> Tensor:
+        return -attacks.log_cross_entropy(model.logits(z), wanted)
+
+    start = model.start(some)
+    return Setting(
+        (f, loss, torch.zeros_like(some), lambda x: start), None, {"project": L2Ball(BOUND)}
+    )
+
+
+def _classify(
+    model: nn.Module, images: Tensor, labels: Tensor, steps: int, bar: Callable[..., Any]
+) -> None:
+    """Train a classifier at its equilibria, with a penalty that keeps its layer contractive."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in bar(range(steps), desc="train"):
+        rows = torch.randperm(len(images))[:64]
+        z = implicitopt.fixed_point(model.f, images[rows], model.start, tol=1e-3, max_steps=40)
+        error = nn.functional.cross_entropy(model.logits(z), labels[rows])
+        at = tuple(branch.detach() for branch in z)
+        penalty = implicitopt.jacobian_penalty(model.f, at, images[rows]).mean()
+        optimizer.zero_grad()
+        (error + penalty / sum(branch[0].numel() for branch in z)).backward()
+        optimizer.step()
+        schedule.step()
+
+
+def of_generator(folder: Path, data: Path) -> Setting:
+    """The decoder in a folder of ``examples/generative.py``, for held-out images of its kind."""
+    reading, generators = examples_module("generators.reading"), examples_module("generators")
     _, model = examples_module("generators.architecture").load(folder, "decoder-jiio")
-    loss = generators.matching(model, images, FACES_DECAY)
-    return _frozen(model), loss, torch.zeros(len(images), model.latent), model.start
+    settings = json.loads((folder / "results.json").read_text())["configuration"]["settings"]
+    size, run = settings["size"], SimpleNamespace(data=data, quiet=True)
+    _, images = reading.read_images(run, settings["dataset"], size, 1, IMAGES)
+    loss = generators.matching(model, images / 255, settings["decay"])
+    x0 = torch.zeros(len(images), model.latent)
+    return Setting((_frozen(model), loss, x0, model.start), None)
 
 
-def decoders(
+def trained_models(
     folder: Path,
-    generator: Path | None,
-    faces: Path | None,
+    generators: list[tuple[Path, Path]],
     *,
     quick: bool,
     bar: Callable[..., Any],
-) -> dict[str, Callable[[], tuple[Any, ...]]]:
-    """Each decoder by name, made when called."""
-    found = {"decoder of digits": partial(digits, folder, steps=40 if quick else 170, bar=bar)}
-    if generator is not None and faces is not None:
-        images = examples_module("data").faces(faces, False, 64, IMAGES, quiet=True).pixels / 255
-        found["decoder of faces"] = partial(trained, generator, images)
+) -> dict[str, Callable[[], Setting]]:
+    """Each by name, made when called; ``generators``: decoders' folders, and those of images."""
+    steps = 40 if quick else 170
+    found: dict[str, Callable[[], Setting]] = {
+        "decoder of digits": lambda: Setting(digits(folder, steps=steps, bar=bar), None),
+        "attack on a classifier of digits": partial(attack, folder, steps=steps, bar=bar),
+    }
+    for trained, data in generators:
+        results = json.loads((trained / "results.json").read_text())
+        name = results["configuration"]["settings"]["dataset"]
+        found[f"decoder of {'MNIST' if name == 'mnist' else name}"] = partial(
+            of_generator, trained, data
+        )
     return found
+
+
+def _kept(model: nn.Module, path: Path, train: Callable[[], object]) -> None:
+    """Trains the model, or reads its weights where an earlier run has left them."""
+    if path.exists():
+        model.load_state_dict(torch.load(path, weights_only=True))
+    else:
+        train()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(model.state_dict(), path)
 
 
 def _frozen(model: nn.Module) -> Any:

@@ -1,8 +1,8 @@
 """The problems of the performance profile, each with fixed seeds and a target.
 
 Linear-quadratic ones, tanh maps, monotone operator networks, classification losses and constrained
-problems go to a KKT residual; a trained decoder's images to a loss within 1 % of the best known,
-since kinks keep their residuals up.
+problems go to a KKT residual; what trained models are asked for to a loss within 1 % of the best
+known, since kinks keep their residuals up.
 """
 
 from __future__ import annotations
@@ -99,9 +99,9 @@ def monotone(margin: float, batch: int, dtype: torch.dtype, *, seed: int = 0) ->
 
 
 def problems(
-    decoders: dict[str, Callable[[], tuple[Any, ...]]] | None = None,
+    trained: dict[str, Callable[[], Setting]] | None = None,
 ) -> dict[str, Callable[[], Setting]]:
-    """Every problem by name, made when called; ``decoders`` adds trained models by name."""
+    """Every problem by name, made when called; ``trained`` adds models by name."""
     f32, f64 = torch.float32, torch.float64
     made: dict[str, tuple[Callable[[], tuple[Any, ...]], float, dict[str, Any]]] = {}
 
@@ -139,6 +139,6 @@ def problems(
         name: cache(lambda make=make, tol=tol, options=options: Setting(make(), tol, options))
         for name, (make, tol, options) in made.items()
     }
-    for name, make in (decoders or {}).items():
-        found[name] = cache(lambda make=make: Setting(make(), None))
+    for name, make in (trained or {}).items():
+        found[name] = cache(make)
     return found

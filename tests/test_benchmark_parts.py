@@ -20,6 +20,7 @@ from benchmarks import (
 )
 from benchmarks.accuracy import relative_error
 from benchmarks.problems import Setting
+from benchmarks.profile import losses
 
 
 def bar(items, desc=None):
@@ -257,6 +258,19 @@ def test_the_default_is_as_far_as_the_joint_iteration_on_the_tutorials_decoder(m
     )
     found = held_out.measure(Setting(decoders.of_tutorial(), None), bar=bar)
     assert found["default, 40"].mean() <= 1.05 * found["Joint, 40"].mean()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::implicitopt.ConvergenceWarning")  # trained for five steps
+def test_the_attacked_classifier_is_trained_once_and_its_images_change_within_the_bound(tmp_path):
+    setting = decoders.attack(tmp_path, steps=5, bar=bar)
+    with torch.no_grad():
+        sol = implicitopt.solve(*setting.arguments, max_steps=20, tol=0, **setting.options)
+        start = losses(setting, setting.arguments[2])
+        assert (losses(setting, sol.x) < start).all()
+        assert (sol.x.flatten(1).norm(dim=1) <= decoders.BOUND * (1 + 1e-6)).all()
+        again = decoders.attack(tmp_path, steps=5, bar=None)  # its weights are read
+        torch.testing.assert_close(losses(again, setting.arguments[2]), start)
 
 
 @pytest.mark.slow
