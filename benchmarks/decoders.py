@@ -20,7 +20,6 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import matplotlib
 import torch
 from torch import Tensor, nn
 
@@ -52,6 +51,8 @@ def digits(
 
 def of_tutorial() -> tuple[Any, ...]:
     """The first tutorial's decoder, trained as its page is run: the same for its 64 digits."""
+    import matplotlib
+
     matplotlib.use("agg")
     with mock.patch.dict(os.environ), redirect_stdout(io.StringIO()):
         os.environ.pop("IMPLICITOPT_DATA", None)  # it takes scikit-learn's digits then
