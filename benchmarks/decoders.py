@@ -79,10 +79,10 @@ def attack(folder: Path, *, steps: int, bar: Callable[..., Any], count: int = IM
         model, images[:-count], labels[:-count], steps, bar
     ))  # fmt: skip
     some, wanted = images[-count:], labels[-count:]
-    _frozen(model)
+    layer = _frozen(model)
 
     def f(z: Any, change: Tensor) -> Any:
-        return model.f(z, some + change)
+        return layer(z, some + change)
 
     def loss(z: Any, change: Tensor) -> Tensor:
         return -attacks.log_cross_entropy(model.logits(z), wanted)
@@ -111,13 +111,12 @@ def _classify(
         schedule.step()
 
 
-def of_generator(folder: Path, data: Path) -> Setting:
+def of_generator(folder: Path, data: Path, settings: dict[str, Any]) -> Setting:
     """The decoder in a folder of ``examples/generative.py``, for held-out images of its kind."""
     reading, generators = examples_module("generators.reading"), examples_module("generators")
     _, model = examples_module("generators.architecture").load(folder, "decoder-jiio")
-    settings = json.loads((folder / "results.json").read_text())["configuration"]["settings"]
-    size, run = settings["size"], SimpleNamespace(data=data, quiet=True)
-    _, images = reading.read_images(run, settings["dataset"], size, 1, IMAGES)
+    run = SimpleNamespace(data=data, quiet=True)
+    _, images = reading.read_images(run, settings["dataset"], settings["size"], 1, IMAGES)
     loss = generators.matching(model, images / 255, settings["decay"])
     x0 = torch.zeros(len(images), model.latent)
     return Setting((_frozen(model), loss, x0, model.start), None)
@@ -137,11 +136,10 @@ def trained_models(
         "attack on a classifier of digits": partial(attack, folder, steps=steps, bar=bar),
     }
     for trained, data in generators:
-        results = json.loads((trained / "results.json").read_text())
-        name = results["configuration"]["settings"]["dataset"]
-        found[f"decoder of {'MNIST' if name == 'mnist' else name}"] = partial(
-            of_generator, trained, data
-        )
+        results = json.loads((trained / "results.json").read_text(encoding="utf-8"))
+        settings = results["configuration"]["settings"]
+        name = {"mnist": "MNIST"}.get(settings["dataset"], settings["dataset"])
+        found[f"decoder of {name}"] = partial(of_generator, trained, data, settings)
     return found
 
 
