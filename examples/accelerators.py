@@ -14,7 +14,7 @@ sweeps and against time,
 
 The contestants:
 
-    default       Adaptive(): as sqp for 64 sweeps, then anderson-1 where that makes no headway
+    default       Adaptive(): as sqp for 80 sweeps, then anderson-1 where that makes no headway
     anderson-1    Joint with Anderson acceleration of type I, its default
     anderson-2    the same of type II
     broyden       Joint with Broyden's good method

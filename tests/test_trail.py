@@ -140,7 +140,7 @@ def test_problems_that_did_not_converge_go_without_it():
     found = []
     for kept in (0, 20):
         sol = solve(
-            lambda z, x: f(z, x) + shift, loss, x0, z0, max_steps=25,
+            lambda z, x: f(z, x) + shift, loss, x0, z0, max_steps=20,
             adjoint=Implicit(recycle=kept, tol=1e-6),
         )  # fmt: skip
         assert not sol.converged.any()

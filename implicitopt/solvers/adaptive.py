@@ -58,7 +58,7 @@ class Adaptive:
 
     first: SQP | Joint = field(default_factory=SQP)
     one_shot: OneShot = field(default_factory=OneShot)
-    patience: int = 32
+    patience: int = 40
 
     def __post_init__(self) -> None:
         for name, value, kinds in (

@@ -16,8 +16,9 @@ The loss's Hessian has the smallest rank, Gᵀ (S Gᵀ)⁺ G; inputs not tried y
 
 D, on the diagonal, is what an old difference may be wrong by: the square of the distance since,
 times that of ``NONLINEAR``. It decides which of two contradicting differences counts. Less of it is
-taken where f turns out to be straighter: where the newest y is what the others make of its s. The
-same for the loss, with S Gᵀ, which is symmetric where ∂²ℓ does not change.
+taken where f turns out to be straighter: where the newest y is what the others make of its s, or,
+since that may be in a direction of which they know nothing, where both ends agree, M Yᵀ = W Sᵀ, as
+they do for a linear f. The same for the loss, with S Gᵀ, symmetric where ∂²ℓ does not change.
 
 States and adjoints are eliminated, each at its equilibrium as Δx has it. What is left is a
 quadratic function of Δx, which is minimized: at one go, or, under a constraint, by projected
@@ -46,7 +47,7 @@ __all__ = ["Model"]
 
 #: How much J may change, in relation to itself, over a distance of 1 + ‖(z, μ, x)‖; and the square
 #: of that for the loss's Hessian, in which contradictions are worse.
-NONLINEAR, LOSS_NONLINEAR = 1.0, 30.0
+NONLINEAR, LOSS_NONLINEAR = 1.0, 10.0
 #: Directions of x count as tried from this share of a difference of x on, squared; a smaller one
 #: where f and the loss are found to be straight.
 TRIED = 3e-3
@@ -54,6 +55,13 @@ TRIED = 3e-3
 FLAT = 1e-10
 #: The least of the shares of ``NONLINEAR`` and its like, squared, and how fast they may fall.
 STRAIGHT, STRAIGHTER = 1e-12, 1 / 16
+#: And the most, of f's and of the loss's.
+MOST_CURVED = 1.0, 30.0
+#: f is curved at most so many times as much as its ends disagree: the square of M Yᵀ − W Sᵀ, in
+#: relation, over the squared distance.
+ENDS_DISAGREE = 10.0
+#: What rounding makes of a difference counts so many times.
+NOISE = 100.0
 #: The loss is as curved as ``LOSS_NONLINEAR`` says where S Gᵀ is, in relation, so far from
 #: symmetric, over the squared distance.
 ASYMMETRIC = 0.3
@@ -134,19 +142,20 @@ class Model:
         distances = secants.distances(ss, mm) / secants.size[:, None].square()
         of_f, of_loss = (share[:, None] * distances for share in secants.curved.unbind(1))
         ridge = NONLINEAR**2 * of_f + secants.rounding  # D
-        tried = TRIED * secants.curved.amax(dim=1, keepdim=True)
+        of_either = secants.bend.amax(dim=1, keepdim=True)
         shifts = (
             ridge,
             ridge + _drowned(STATES_DROWN * secants.curved[:, :1], ratio(s, m) / units),
             ridge + _drowned(ADJOINTS_DROWN, m_over_s * units),
-            tried + ridge,
+            of_either * (TRIED + NONLINEAR**2 * distances) + secants.rounding,
             self._shift(sg, of_loss),
         )
         grams = torch.stack([ss, mm, ss, xx, torch.lerp(sg, sg.mT, 0.5)], dim=1)
         grams.diagonal(dim1=2, dim2=3).add_(torch.stack(shifts, dim=1))
         inv_s, inv_m, inv_c, self.tried, self.loss = torch.linalg.inv_ex(grams)[0].unbind(1)
         if k > 1:
-            self._learn(distances, inv_s, states[:, Y, :, Y], sg)
+            ends = torch.stack([my, sw.mT], dim=1)
+            self._learn(distances, inv_s, states[:, Y, :, Y], sg, ends)
         known = torch.baddbmm(sw.mT, my, bmm(inv_s, ss), alpha=-1)  # E Sᵀ: C there
         curved = known * m_over_s[:, :, None]
         self.curvature = bmm(bmm(inv_c, torch.lerp(curved, curved.mT, 0.5)), inv_c)
@@ -157,20 +166,31 @@ class Model:
         self.sg_d = states[:, : G + 1 : G, :, Y:].reshape(len(ss), 2 * k, 2 * k)
         self.lu = _factors(bmm(self.T, v_d).neg_())
 
-    def _learn(self, distances: Tensor, inv_s: Tensor, yy: Tensor, sg: Tensor) -> None:
+    def _learn(
+        self, distances: Tensor, inv_s: Tensor, yy: Tensor, sg: Tensor, ends: Tensor
+    ) -> None:
         """How curved f and the loss are by the newest difference, for the next step.
 
         ``a`` is what is left of the newest difference when the others have told all they know.
+        ``ends``: M Yᵀ and W Sᵀ, (B, 2, k, k).
         """
         secants, at = self.secants, self.secants.newest
         a = inv_s[:, :, at, None] / inv_s[:, at, at, None, None]
         unlike = bmm(bmm(yy, a).mT, a)[:, 0, 0] / _diagonal(yy).amax(dim=1)
         of_f = unlike / (NONLINEAR**2 * (a[..., 0].square() * distances).sum(dim=1))
+        apart = distances + distances[:, at, None]
+        noise = NOISE * secants.noise
+        noise = noise + noise[:, at, None]
+        ends = torch.stack([ends[:, :, at], ends[..., at]], dim=2)
+        off = (ends[:, 0] - ends[:, 1]).square() / (apart + noise.square())[:, None]
+        disagree = off.sum(dim=(1, 2)) / ends.square().sum(dim=(1, 2, 3))
+        of_f = torch.fmin(of_f, ENDS_DISAGREE * disagree)  # past NaN: there may be no adjoints
         size = _diagonal(sg).abs().sqrt()
-        skew = (sg[:, at] - sg[:, :, at]).abs() / (size * size[:, at, None])
-        skew = skew / (distances + distances[:, at, None])
+        skew = (sg[:, at] - sg[:, :, at]).abs() / (size * size[:, at, None] * (apart + noise))
         of_loss = skew.nan_to_num(0.0, posinf=0.0).mean(dim=1) / ASYMMETRIC
-        found = torch.stack([of_f, of_loss], dim=1).nan_to_num(1.0).clamp(STRAIGHT, 1.0)
+        most_f, most_loss = MOST_CURVED
+        found = torch.stack([of_f.clamp(max=most_f), of_loss.clamp(max=most_loss)], dim=1)
+        found = found.nan_to_num(1.0).clamp_min(STRAIGHT)
         secants.curved = torch.maximum(found, STRAIGHTER * secants.curved)
 
     def _reduce(self, alpha: Tensor) -> None:

@@ -44,7 +44,7 @@ class KKTSecants:
     with_adjoint_off: Tensor  # (B, 5, q) float64, and with the last μ⁺ − μ
     with_grad: Tensor  # (B, 3, q) float64, of the inputs with the last ∇ₓL
     tau: Tensor  # (B, 1) float64
-    curved: Tensor  # (B, 2) float64, how much less linear f and the loss may be, a share
+    curved: Tensor  # (B, 2) float64, how curved f and the loss are, against what is assumed
     size: Tensor  # (B,) float64, 1 + ‖(z, μ, τ x)‖ of the last iterate
     ratio: Tensor  # (B,) float64, (1 + ‖(z, τ x)‖) / ‖μ‖ of it
     last: tuple[Tensor, ...] | None = None
@@ -81,6 +81,18 @@ class KKTSecants:
     @property
     def newest(self) -> int:
         return (self.pushed - 1) % self.states.shape[1]
+
+    @property
+    def bend(self) -> Tensor:
+        """``curved``, at most 1: what there is to gain where it is less, (B, 2)."""
+        return self.curved.clamp(max=1)
+
+    @property
+    def noise(self) -> Tensor:
+        """What each difference is off by for rounding, in relation to itself, (B, k)."""
+        lengths = self.lengths[:, :, : self.filled]
+        unit = torch.finfo(self.states.dtype).eps * self.size
+        return (unit[:, None, None] / lengths).sum(dim=1)
 
     @property
     def rounding(self) -> float:

@@ -134,7 +134,7 @@ class SQP:
         tau = secants.tau.to(point.x.dtype)
         model = Model(secants, sweep, state.size.alpha)
         reach = self.reach * secants.size
-        limit = state.trust * reach / secants.curved.amax(dim=1).sqrt()
+        limit = state.trust * reach / secants.bend.amax(dim=1).sqrt()
         longest = torch.maximum(limit, SHARE_OF_PLAIN * length)
         found = model.solve(point.x, kkt.project)
         here, share = sweep.loss_grad, _share(found, longest)
@@ -238,7 +238,7 @@ class SQPState:
         least, most = value - margin, value + margin
         rose, fell = least > self.most, most < self.least
         worse = rose | ((residual > GREW * self.residual) & ~fell)
-        made = self.made / self.secants.curved[:, 1].sqrt()
+        made = self.made / self.secants.bend[:, 1].sqrt()
         shorter = SHORTER * torch.minimum(self.trust, made)
         trust = torch.where(worse, shorter, LONGER * self.trust)
         self.trust, self.residual = trust.clamp(max=1), residual
