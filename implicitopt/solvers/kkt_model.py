@@ -50,7 +50,7 @@ __all__ = ["Model"]
 NONLINEAR, LOSS_NONLINEAR = 1.0, 10.0
 #: Directions of x count as tried from this share of a difference of x on, squared; a smaller one
 #: where f and the loss are found to be straight.
-TRIED = 3e-3
+TRIED = 1e-3
 #: Added to the loss's products, against the largest.
 FLAT = 1e-10
 #: The least of the shares of ``NONLINEAR`` and its like, squared, and how fast they may fall.
@@ -67,7 +67,7 @@ NOISE = 100.0
 ASYMMETRIC = 0.3
 #: Where a difference of adjoints is so many times that of states, squared and each in relation to
 #: its block, what J leaves unexplained is as likely J's error as C.
-ADJOINTS_DROWN = 0.2
+ADJOINTS_DROWN = 0.1
 #: And where it is so many times smaller, as on the way from an earlier solution, what it tells of J
 #: drowns in C; less so where f is straight.
 STATES_DROWN = 1e-3
