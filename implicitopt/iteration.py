@@ -94,7 +94,7 @@ def iterate(
     """
     point, state = solver.init(kkt, start)
     record = _Record(kkt, point, tol=tol, rule=rule, history=history, sample=sample_iterate)
-    record.trail = Trail.at(point, keep) if keep else None
+    record.trail = Trail.at(point, keep, apart=kkt.apart) if keep else None
     initial = solver.initial_sweeps
     steps = range(initial + max_steps)
     _run(kkt, solver, point, state, record, steps, callback, narrow)
@@ -294,7 +294,7 @@ class _Record:
         if self.drawn is not None:
             self._draw(running, point)
         if self.trail is not None:
-            self.trail.push(point, sweep.r, running)
+            self.trail.push(point, sweep.r, running, sweep.loss_grad)
         if self.history is not None:
             self.history.append((value * self.kkt.sign, residuals))
         return self._end(reached, stalled, failed, found)

@@ -3,6 +3,9 @@
 Between two sweeps the iterate v = (z, μ, x) changes by s, and what the joint iteration adds to it,
 r = (f − z, μ⁺ − μ, −∇ₓL), by y ≈ A s with A = ∂r/∂v. The linear system of the backward pass has the
 matrix A at the solution, and S and Y of the last steps are an inverse of it on what Y spans.
+
+Where f is linear, the change g of ∇ℓ is what z and x make of μ⁺ and ∇ₓL, and the rest is what μ
+makes of them: one difference tells of two, (Δz, 0, Δx) and (0, Δμ, 0).
 """
 
 from __future__ import annotations
@@ -25,29 +28,40 @@ NEWEST = 30
 #: matrix for all of them.
 SYMMETRIC = 0.1
 #: Added to YᵀY, relative to its largest entry.
-RIDGE = 1e-4
+RIDGE = 1e-6
 
 
 @dataclass
 class Trail:
     """The last differences of each problem."""
 
-    secants: Secants  # of v and r
-    last: tuple[Tensor, Tensor]  # v and r of the last sweep
+    secants: Secants  # of v and r and, where sweeps keep it apart, ∇ℓ
+    last: tuple[Tensor, ...]  # these of the last sweep
     begun: Tensor  # (B,) whether there was one
     states: int  # n, the length of z and of μ
 
     @classmethod
-    def at(cls, start: Point, size: int) -> Trail:
-        v = start.joined()
+    def at(cls, start: Point, size: int, *, apart: bool = False) -> Trail:
+        """``apart``: sweeps will keep ∇ℓ apart."""
+        v, n = start.joined(), start.z.shape[1]
         v = torch.zeros_like(v, dtype=torch.promote_types(v.dtype, torch.float32))
-        secants = Secants.empty(size, v, v)
-        return cls(secants, (v, v), secants.count > 0, start.z.shape[1])
+        last = (v, v, v[:, n:]) if apart else (v, v)
+        secants = Secants.empty(size, *last)
+        return cls(secants, last, secants.count > 0, n)
 
-    def push(self, point: Point, r: Tensor, moving: Tensor) -> None:
+    def push(
+        self,
+        point: Point,
+        r: Tensor,
+        moving: Tensor,
+        loss_grad: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         """Take in the sweep at ``point``, for the problems in ``moving``, ``(B,)``."""
         wide = self.last[0].dtype
-        now = point.joined().to(wide), r.to(wide)
+        blocks = [point.joined(), r]
+        if loss_grad is not None:
+            blocks.append(torch.cat(loss_grad, dim=1))
+        now = tuple(block.to(wide) for block in blocks)
         # What is larger could have differences that overflow.
         sound = moving & (norm(now[0]) + norm(now[1]) < torch.finfo(wide).max / 4)
         self.secants.push(sound & self.begun, *zip(now, self.last, strict=True))
@@ -64,20 +78,17 @@ class Trail:
         Source: the inverse of multisecant quasi-Newton methods, Fang and Saad 2009; that of a
         forward solve in the backward one, SHINE (Ramzi et al. 2022), where nothing corrects it.
         """
-        s, y = self.secants.rings
+        s, y, alike = self._pairs(settled)
         if bool((units != 1).any()):
             of_z, of_mu, of_x = Point.split(units.to(s.dtype), self.states)
             s = s / units.to(s.dtype)[:, None]
             y = y * torch.cat((of_mu, of_z, of_x), dim=1)[:, None]
-        length = torch.linalg.vector_norm(s, dim=2, dtype=torch.float64)
-        counts = length > torch.finfo(s.dtype).tiny ** 0.5  # its products do not underflow
-        unit = torch.where(counts, 1 / length, 0.0)
-        by_unit = unit[:, :, None] * unit[:, None]
-        gram = products_with(y, y) * by_unit
+        unit = _unit(s)
+        gram = products_with(y, y) * (unit[:, :, None] * unit[:, None])
         most = gram.diagonal(dim1=1, dim2=2).amax(dim=1, keepdim=True)
         gram.diagonal(dim1=1, dim2=2).add_(torch.where(most > 0, RIDGE * most, 1.0))
         inverse, _ = torch.linalg.inv_ex(gram)
-        use = settled & (self._asymmetry(by_unit) <= SYMMETRIC) & inverse.isfinite().all(dim=(1, 2))
+        use = settled & alike & inverse.isfinite().all(dim=(1, 2))
         inverse = torch.where(use[:, None, None], inverse, 0.0)
         unit = unit[:, None]
 
@@ -89,16 +100,46 @@ class Trail:
 
         return apply
 
-    def _asymmetry(self, by_unit: Tensor) -> Tensor:
-        """‖W − Wᵀ‖ / 2‖W‖ of W = Sᵀ H S, of the newest differences, ``(B,)``."""
-        (s_z, s_mu, s_x), (y_z, y_mu, y_x) = (
-            block.split([self.states, self.states, block.shape[2] - 2 * self.states], dim=2)
-            for block in self.secants.rings
+    def _pairs(self, settled: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """s and y, each ``(B, k, N)``, and whether they belong to one A, ``(B,)``.
+
+        Those of (z, x) and of μ apart, 2k of them, for problems where these do.
+        """
+        s, y, *of_loss = self.secants.rings
+        alike = self._asymmetry(s, y) <= SYMMETRIC
+        if not of_loss:
+            return s, y, alike
+        n, none = self.states, torch.zeros_like(s)
+        of_mu = none.clone()
+        of_mu[:, :, n : 2 * n] = s[:, :, n : 2 * n]
+        y_of_mu = none.clone()
+        y_of_mu[:, :, n : 2 * n] = y[:, :, n : 2 * n] - of_loss[0][:, :, :n]
+        y_of_mu[:, :, 2 * n :] = y[:, :, 2 * n :] + of_loss[0][:, :, n:]
+        halves = torch.cat([s - of_mu, of_mu], dim=1), torch.cat([y - y_of_mu, y_of_mu], dim=1)
+        split = self._asymmetry(*halves) <= SYMMETRIC
+        if not bool((split & settled).any()):
+            return s, y, alike
+        s, y = (
+            torch.where(split[:, None, None], half, torch.cat([whole, none], dim=1))
+            for half, whole in zip(halves, (s, y), strict=True)
         )
+        return s, y, alike | split
+
+    def _asymmetry(self, s: Tensor, y: Tensor) -> Tensor:
+        """‖W − Wᵀ‖ / 2‖W‖ of W = Sᵀ H S, of the newest differences, ``(B,)``."""
+        blocks = [self.states, self.states, s.shape[2] - 2 * self.states]
+        (s_z, s_mu, s_x), (y_z, y_mu, y_x) = (rows.split(blocks, dim=2) for rows in (s, y))
         # H s is (μ⁺ − μ, f − z, ∇ₓL) of what r is (f − z, μ⁺ − μ, −∇ₓL) of.
         w = products_with(y_mu, s_z) + products_with(y_z, s_mu) - products_with(y_x, s_x)
-        w = w * by_unit
-        slots = torch.arange(w.shape[1], device=w.device)
-        new = (self.secants.count[:, None] - 1 - slots) % w.shape[1] < NEWEST
-        w = torch.where(new[:, :, None] & new[:, None], w, 0.0)
+        size = self.secants.rings[0].shape[1]
+        slots = torch.arange(s.shape[1], device=w.device) % size
+        new = (self.secants.count[:, None] - 1 - slots) % size < NEWEST
+        unit = torch.where(new, _unit(s), 0.0)
+        w = w * (unit[:, :, None] * unit[:, None])
         return norm((w - w.mT).flatten(1)) / (2 * norm(w.flatten(1)))
+
+
+def _unit(s: Tensor) -> Tensor:
+    """One over the length of each, ``(B, k)``; 0 where its products would underflow."""
+    length = torch.linalg.vector_norm(s, dim=2, dtype=torch.float64)
+    return torch.where(length > torch.finfo(s.dtype).tiny ** 0.5, 1 / length, 0.0)

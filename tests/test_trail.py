@@ -7,7 +7,7 @@ from families import F64, LinearQuadratic
 import implicitopt
 from benchmarks import recycle
 from benchmarks.families import linear_quadratic, tanh
-from implicitopt import Adaptive, Implicit, Joint, L2Ball, OneShot, solve
+from implicitopt import SQP, Adaptive, Implicit, Joint, L2Ball, OneShot, solve
 from implicitopt.iteration import iterate
 from implicitopt.kkt import Point
 from implicitopt.select import Best
@@ -16,10 +16,11 @@ from implicitopt.trail import Trail
 
 
 @torch.no_grad()
-def run(problem, keep):
+def run(problem, keep, solver=None):
     """The system, and the outcome of a solve that keeps so many differences."""
     kkt, start, _ = _prepare(*problem, None, False, None)
-    outcome = iterate(kkt, Joint(), start, max_steps=200, tol=1e-9, rule=Best(), keep=keep)
+    solver = solver or Joint()
+    outcome = iterate(kkt, solver, start, max_steps=200, tol=1e-9, rule=Best(), keep=keep)
     return kkt, outcome
 
 
@@ -70,6 +71,24 @@ def test_a_spanning_trail_of_a_linear_system_inverts_it(monkeypatch):
         found = units * trail.inverse(everyone, units)(of_rows * w)
         torch.testing.assert_close(found, expected, rtol=off, atol=off)
         assert torch.equal(trail.inverse(~everyone, units)(w), -w)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("problem", "apart"),
+    [(linear_quadratic(30, 8, 0.7), True), (tanh("gauss", scale=1.0, lam=0.01), False)],
+    ids=["linear", "tanh"],
+)
+def test_a_difference_of_a_linear_map_is_two(problem, apart):
+    """What z and x, and what μ makes of r: both are products with one matrix if f is linear."""
+    kkt, outcome = run(problem, 20, SQP())
+    s, y, alike = outcome.trail._pairs(torch.ones(len(problem[2]), dtype=torch.bool))
+    halves = s[:, 20:].flatten(1).any(dim=1)
+    assert halves.all() if apart else not halves.any()
+    A = jacobians(kkt, outcome.point)
+    off = (y - s @ A.mT).norm(dim=2) / (s.norm(dim=2) + (s == 0).all(dim=2))
+    assert alike.all() if apart else not alike.all()
+    assert (off.amax(dim=1) <= 1e-5).all() == apart
 
 
 def test_differences_that_contradict_each_other_are_left_out():
@@ -124,7 +143,7 @@ def gradient(kept, solver, problem):
     ids=["default, linear", "joint", "one-shot"],
 )
 def test_a_backward_pass_takes_fewer_products_for_the_same_gradient(solver, problem):
-    """The default's few and long steps agree with each other on linear maps."""
+    """The default's few and long steps agree with each other on linear maps, and count twice."""
     plain, alone = gradient(0, solver, problem)
     found, report = gradient(None, solver, problem)
     torch.testing.assert_close(found, plain, rtol=1e-8, atol=1e-9)

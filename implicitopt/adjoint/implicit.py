@@ -103,9 +103,9 @@ class Implicit:
         precondition: approximate inverse of H on a ``(B, 2n + d)`` matrix whose columns are
             ordered (z, μ, x). Where there is no constraint it must be symmetric positive definite,
             and MINRES takes it from the start.
-        recycle: how many of the solve's last differences to keep for that, of two states each. 0:
-            none. None: 60, fewer for more than a thousand unknowns, at least 20; none where there
-            is a constraint or ``precondition``.
+        recycle: how many of the solve's last differences to keep for that, of two states each and,
+            after ``SQP``, a gradient of the loss. 0: none. None: 60, fewer for more than a thousand
+            unknowns, at least 20; none where there is a constraint or ``precondition``.
 
     Raises:
         TypeError, ValueError: an option is not as above.
