@@ -47,7 +47,7 @@ class AdjointWarning(UserWarning):
     >>> scale = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
     >>> sol = implicitopt.solve(
     ...     lambda z, x: 0.5 * z + x, lambda z, x: (scale * (z - 1) ** 2 + x**2).sum(),
-    ...     torch.zeros(3), adjoint=implicitopt.Implicit(max_steps=1),
+    ...     torch.zeros(3), adjoint=implicitopt.Implicit(max_steps=1, recycle=0),
     ... )
     >>> with warnings.catch_warnings(record=True) as caught:
     ...     warnings.simplefilter("always")
