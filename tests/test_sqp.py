@@ -313,6 +313,37 @@ def test_implicit_gradients_are_those_of_another_solver():
         torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    ("problem", "straight"), [(linear_quadratic(40, 12, 0.95), True), (tanh(), False)],
+    ids=["linear", "tanh"],
+)  # fmt: skip
+def test_a_linear_map_is_known_by_its_two_ends(problem, straight, monkeypatch):
+    """From the third difference on, while each still brings a direction that is new."""
+    shares, judge = [], SQPState.judge
+
+    def judged(self, residual, sweep):
+        shares.append(self.secants.curved[:, 0].clone())
+        judge(self, residual, sweep)
+
+    monkeypatch.setattr(SQPState, "judge", judged)
+    implicitopt.solve(*problem, solver=SQP(), max_steps=12, tol=0.0)
+    assert (shares[8] <= 1e-5).all() if straight else (shares[8] >= 1e-2).all()
+
+
+def test_rounding_is_not_taken_for_curvature():
+    """The first difference after an earlier solution is hardly more than that."""
+    problem = LinearQuadratic.draw(8, 4, 3, 0.5, "norm", 6)
+    limits = {"solver": SQP(), "tol": 1e-9, "max_steps": 100}
+    first = implicitopt.solve(problem.f, problem.loss, *problem.start(), **limits)
+    problem.y = problem.y + 1e-4
+    cold = implicitopt.solve(problem.f, problem.loss, *problem.start(), **limits)
+    warm = implicitopt.solve(
+        problem.f, problem.loss, *problem.start(), warm_start=first, **limits
+    )  # fmt: skip
+    assert warm.converged.all()
+    assert warm.steps.max() <= cold.steps.max() + 1
+
+
 @pytest.mark.parametrize(("n", "norm", "most"), [(2, 100.0, 30), (6, 10.0, 60), (6, 100.0, 80)])
 def test_maps_far_from_normal_are_found_to_be_linear(n, norm, most):
     """Where it took 71 sweeps, or did not solve them, with old differences always distrusted."""
