@@ -109,26 +109,25 @@ class Trail:
         alike = self._asymmetry(s, y) <= SYMMETRIC
         if not of_loss:
             return s, y, alike
-        n, none = self.states, torch.zeros_like(s)
-        of_mu = none.clone()
-        of_mu[:, :, n : 2 * n] = s[:, :, n : 2 * n]
-        y_of_mu = none.clone()
-        y_of_mu[:, :, n : 2 * n] = y[:, :, n : 2 * n] - of_loss[0][:, :, :n]
-        y_of_mu[:, :, 2 * n :] = y[:, :, 2 * n :] + of_loss[0][:, :, n:]
-        halves = torch.cat([s - of_mu, of_mu], dim=1), torch.cat([y - y_of_mu, y_of_mu], dim=1)
+        (s_z, s_mu, s_x), (y_z, y_mu, y_x) = self._blocks(s), self._blocks(y)
+        g_z, g_x = of_loss[0][:, :, : self.states], of_loss[0][:, :, self.states :]
+        no_z, no_x = torch.zeros_like(s_z), torch.zeros_like(s_x)
+        halves = (
+            _rows([s_z, no_z, s_x], [no_z, s_mu, no_x]),
+            _rows([y_z, g_z, -g_x], [no_z, y_mu - g_z, y_x + g_x]),
+        )
         split = self._asymmetry(*halves) <= SYMMETRIC
         if not bool((split & settled).any()):
             return s, y, alike
         s, y = (
-            torch.where(split[:, None, None], half, torch.cat([whole, none], dim=1))
+            torch.where(split[:, None, None], half, _rows([whole], [torch.zeros_like(whole)]))
             for half, whole in zip(halves, (s, y), strict=True)
         )
         return s, y, alike | split
 
     def _asymmetry(self, s: Tensor, y: Tensor) -> Tensor:
         """‖W − Wᵀ‖ / 2‖W‖ of W = Sᵀ H S, of the newest differences, ``(B,)``."""
-        blocks = [self.states, self.states, s.shape[2] - 2 * self.states]
-        (s_z, s_mu, s_x), (y_z, y_mu, y_x) = (rows.split(blocks, dim=2) for rows in (s, y))
+        (s_z, s_mu, s_x), (y_z, y_mu, y_x) = self._blocks(s), self._blocks(y)
         # H s is (μ⁺ − μ, f − z, ∇ₓL) of what r is (f − z, μ⁺ − μ, −∇ₓL) of.
         w = products_with(y_mu, s_z) + products_with(y_z, s_mu) - products_with(y_x, s_x)
         size = self.secants.rings[0].shape[1]
@@ -137,6 +136,16 @@ class Trail:
         unit = torch.where(new, _unit(s), 0.0)
         w = w * (unit[:, :, None] * unit[:, None])
         return norm((w - w.mT).flatten(1)) / (2 * norm(w.flatten(1)))
+
+    def _blocks(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of z, μ and x, ``(B, k, N)``."""
+        n = self.states
+        return rows[:, :, :n], rows[:, :, n : 2 * n], rows[:, :, 2 * n :]
+
+
+def _rows(*halves: list[Tensor]) -> Tensor:
+    """Each half's blocks side by side, one half after the other: ``(B, 2k, N)``."""
+    return torch.cat([torch.cat(blocks, dim=2) for blocks in halves], dim=1)
 
 
 def _unit(s: Tensor) -> Tensor:

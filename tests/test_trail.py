@@ -19,8 +19,9 @@ from implicitopt.trail import Trail
 def run(problem, keep, solver=None):
     """The system, and the outcome of a solve that keeps so many differences."""
     kkt, start, _ = _prepare(*problem, None, False, None)
-    solver = solver or Joint()
-    outcome = iterate(kkt, solver, start, max_steps=200, tol=1e-9, rule=Best(), keep=keep)
+    outcome = iterate(
+        kkt, solver or Joint(), start, max_steps=200, tol=1e-9, rule=Best(), keep=keep
+    )  # fmt: skip
     return kkt, outcome
 
 
